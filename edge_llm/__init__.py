@@ -1,0 +1,1 @@
+"""Small language models that answer at once on your own CPU."""

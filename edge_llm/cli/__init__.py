@@ -1,0 +1,1 @@
+"""The edge-llm command: one file per command."""

@@ -1,0 +1,1 @@
+"""Requests on one set of weights: the owner of the step loop."""

@@ -1,0 +1,177 @@
+"""Every exception and warning that edge_llm raises on purpose, in one tree.
+
+::
+
+    EdgeLLMError
+    ├── ArgumentError (also a ValueError)       an argument is outside its domain
+    │   └── ContextLengthError                  the request needs more tokens than the context holds
+    ├── BundleError                             a bundle cannot be used
+    │   ├── BundleNotFoundError (also a FileNotFoundError)
+    │   ├── ManifestError                       manifest.json is not what the format says
+    │   ├── UnsupportedFormatError              made for a newer runtime
+    │   └── IntegrityError                      a file is missing or altered
+    ├── ChatTemplateError                       a chat template is missing or refused this
+    ├── ClosedError                             the model was used after close()
+    ├── ForkError                               the model was used in a forked child
+    ├── PlatformError                           this machine cannot run the runtime
+    ├── RuntimeFailure                          ONNX Runtime refused or failed a step
+    └── ExportError                             an export cannot be done
+        ├── CheckpointError                     the checkpoint's files are not usable
+        ├── UnsupportedModelError               the checkpoint asks for the unknown
+        └── VerificationError                   the written bundle did not behave as it must
+
+    EdgeLLMWarning (also a UserWarning)
+    └── TelemetryWarning                        onnxruntime was imported with its telemetry on
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "BundleError",
+    "BundleNotFoundError",
+    "ChatTemplateError",
+    "CheckpointError",
+    "ClosedError",
+    "ContextLengthError",
+    "EdgeLLMError",
+    "EdgeLLMWarning",
+    "ExportError",
+    "ForkError",
+    "IntegrityError",
+    "ManifestError",
+    "PlatformError",
+    "RuntimeFailure",
+    "TelemetryWarning",
+    "UnsupportedFormatError",
+    "UnsupportedModelError",
+    "VerificationError",
+]
+
+
+class EdgeLLMError(Exception):
+    """Base of every error that edge_llm raises on purpose.
+
+    Args:
+        message: What is wrong, in one sentence.
+        remedy: What the user can do about it; printed after the message.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".rstrip()
+
+
+class ArgumentError(EdgeLLMError, ValueError):
+    """An argument is outside its domain.
+
+    Args:
+        argument: The argument's name, as the caller wrote it.
+        domain: What it may be ("an integer of at least 1").
+        value: What it was.
+        remedy: What to do; may be empty where the domain says it all.
+    """
+
+    def __init__(self, argument: str, domain: str, value: object, remedy: str = "") -> None:
+        shown = repr(value)
+        if len(shown) > 200:
+            shown = f"{shown[:200]}… ({len(shown)} characters)"
+        super().__init__(f"{argument} must be {domain}, got {shown}.", remedy)
+        # args rebuilds the exception when it is pickled, so it holds what __init__ takes.
+        self.args = (argument, domain, value, remedy)
+        self.argument = argument
+        self.domain = domain
+        self.value = value
+
+
+class ContextLengthError(ArgumentError):
+    """Prompt and answer together need more tokens than the context holds.
+
+    Args:
+        prompt_tokens: Tokens in the prompt.
+        max_tokens: Tokens asked for.
+        context: Tokens that the context holds.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+        over = prompt_tokens + max_tokens - context
+        super().__init__(
+            "prompt + max_tokens",
+            f"at most {context} tokens (the context)",
+            prompt_tokens + max_tokens,
+            f"That is {over} tokens too many ({prompt_tokens} in the prompt, {max_tokens} asked "
+            "for): shorten the prompt, lower max_tokens, or load the model with a larger context.",
+        )
+        self.args = (prompt_tokens, max_tokens, context)
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context = context
+        self.over = over
+
+
+class BundleError(EdgeLLMError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFoundError(BundleError, FileNotFoundError):
+    """There is no bundle at the path."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is not what the format says."""
+
+
+class UnsupportedFormatError(BundleError):
+    """The bundle was made for a newer runtime, or needs a feature that this one lacks."""
+
+
+class IntegrityError(BundleError):
+    """A file of the bundle is missing or is not the one that was exported."""
+
+
+class ChatTemplateError(EdgeLLMError):
+    """A chat template is missing, broken, or refused these messages."""
+
+
+class ClosedError(EdgeLLMError):
+    """The model was used after close()."""
+
+
+class ForkError(EdgeLLMError):
+    """The model was used in a child process made by fork()."""
+
+
+class PlatformError(EdgeLLMError):
+    """This machine cannot run the runtime."""
+
+
+class RuntimeFailure(EdgeLLMError):  # noqa: N818 - the tree's one failure that is nobody's mistake
+    """ONNX Runtime refused the graph or failed during a step."""
+
+
+class ExportError(EdgeLLMError):
+    """An export cannot be done."""
+
+
+class CheckpointError(ExportError):
+    """The checkpoint's files are not usable."""
+
+
+class UnsupportedModelError(ExportError):
+    """The checkpoint asks for something that the builder does not know or cannot honour."""
+
+
+class VerificationError(ExportError):
+    """The written bundle did not behave as it must."""
+
+
+class EdgeLLMWarning(UserWarning):
+    """Base of the warnings that edge_llm gives."""
+
+
+class TelemetryWarning(EdgeLLMWarning):
+    """onnxruntime was imported earlier with its telemetry switched on."""

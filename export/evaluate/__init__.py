@@ -1,0 +1,1 @@
+"""Does a written bundle behave as it must?"""

@@ -1,0 +1,1 @@
+"""Writing the decoder's ONNX graph."""
