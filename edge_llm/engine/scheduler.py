@@ -1,0 +1,138 @@
+"""The engine: one thread that owns the model and does one job after the other."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+from edge_llm.engine.job import Job
+from edge_llm.engine.slot import Slot
+from edge_llm.errors import ClosedError, ForkError
+from edge_llm.runtime.decoder import Decoder, Interrupted
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("edge_llm")
+
+
+class Engine:
+    """Runs jobs in the order in which they came, on a thread of its own.
+
+    The step loop lives here and nowhere else, so a caller that is slow to read its answer holds up
+    nobody, and requests of several threads need no further care.
+
+    Args:
+        decoder: The model.
+        slot: The row that jobs work on.
+    """
+
+    def __init__(self, decoder: Decoder, slot: Slot) -> None:
+        self._decoder: Decoder | None = decoder
+        self._slot: Slot | None = slot
+        self._pid = os.getpid()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._current: Job | None = None
+        self._closed = False
+        self._changed = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+
+    def execute(self, job: Job) -> Iterator[object]:
+        """Queue a job and give its results as they come; leaving early ends the job.
+
+        Raises:
+            ClosedError: The engine was closed.
+            ForkError: This process was forked from the one that loaded the model.
+        """
+        self._submit(job)
+        try:
+            yield from job.results(lambda: self._interrupt(job))
+        finally:
+            job.abandon()
+            self._interrupt(job)
+
+    def check_usable(self) -> None:
+        """Refuse work that could only hang: after close(), or in a forked child."""
+        if self._closed:
+            raise ClosedError("The model is closed.", "Load it again with LLM(path).")
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "The model was loaded before this process was forked; its threads do not exist "
+                "here.",
+                "Load the model in the child, or start children with "
+                'multiprocessing.get_context("spawn").',
+            )
+
+    def close(self) -> None:
+        """End all jobs and the thread; may be called again, and from any thread."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self._closed = True
+            for job in self._waiting:
+                job.finish(ClosedError("The model was closed while the request waited."))
+            self._waiting.clear()
+            if self._current is not None:
+                self._current.abandon()
+                self._interrupt(self._current)
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._decoder = self._slot = None  # frees the weights and the cache
+
+    def _submit(self, job: Job) -> None:
+        with self._changed:
+            self.check_usable()
+            if self._thread is None:
+                # A daemon, for Python waits for other threads before it runs exit handlers: it is
+                # the exit handler that ends this thread and waits for it.
+                self._thread = threading.Thread(
+                    target=self._loop, name="edge_llm-engine", daemon=True
+                )
+                self._thread.start()
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def _interrupt(self, job: Job) -> None:
+        """End the running step if it is this job's; a waiting job is dropped."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            if job is self._current and self._decoder is not None:
+                self._decoder.interrupt()
+            elif job in self._waiting:
+                self._waiting.remove(job)
+                job.interrupted()
+                job.finish()
+
+    def _loop(self) -> None:
+        decoder, slot = self._decoder, self._slot
+        assert decoder is not None
+        assert slot is not None
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                job = self._current = self._waiting.popleft()
+                decoder.resume()
+            error: BaseException | None = None
+            try:
+                try:
+                    job.run(slot)
+                except Interrupted:
+                    job.interrupted()
+            except BaseException as failure:
+                # Whatever went wrong belongs to the caller; the engine lives on.
+                log.debug("a request failed", exc_info=True)
+                error = failure
+            with self._changed:
+                self._current = None
+                if error is None and self._closed:
+                    error = ClosedError("The model was closed during the request.")
+            job.finish(error)
+            del job, error

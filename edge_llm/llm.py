@@ -1,0 +1,336 @@
+"""The model as a Python object."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.bundle import Bundle
+from edge_llm.decoding.sampling import Sampling
+from edge_llm.engine.chunking import ChunkPlanner
+from edge_llm.engine.generation import Generation, PromptProgress
+from edge_llm.engine.scheduler import Engine
+from edge_llm.engine.scoring import ScoreEnd, Scoring
+from edge_llm.engine.slot import Slot
+from edge_llm.errors import ArgumentError, ChatTemplateError, ContextLengthError
+from edge_llm.manifest import Manifest
+from edge_llm.options import GenerateOptions, build_request, integer, seconds
+from edge_llm.results import Chunk, Completion, Score
+from edge_llm.runtime.decoder import Decoder
+from edge_llm.runtime.kv_cache import KVCache
+from edge_llm.runtime.session import create_session, resolve_threads
+from edge_llm.text.chat import ChatTemplate, encode_chat
+from edge_llm.text.tokenizer import Tokenizer
+
+__all__ = ["LLM"]
+
+DEFAULT_CONTEXT = 4096
+WIDEST_CHUNK = 512
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A language model, loaded from a bundle and ready to answer.
+
+    Requests of several threads are served in turn. Close it, or use it in a ``with`` block::
+
+        with LLM("smollm2-int4") as llm:
+            print(llm.generate("Once upon a time", max_tokens=50).text)
+
+    Args:
+        path: The bundle's folder.
+        context: Most tokens of prompt and answer together; by default what was exported, but at
+            most 4,096. The key/value cache is allocated for it.
+        threads: Threads to compute with; by default one per core that this process may use.
+        prefill_chunk: Tokens of a prompt to feed at once; by default as many as take about 150 ms.
+        verify: Compare every file's SHA-256 first.
+
+    Attributes:
+        manifest: What the bundle says about itself.
+        context: Most tokens of prompt and answer together.
+        threads: Threads that compute.
+        load_seconds: What loading took.
+
+    Raises:
+        BundleError: The folder is not a usable bundle (see its subclasses).
+        ArgumentError: An argument is outside its domain.
+        PlatformError: This machine cannot run the model.
+        RuntimeFailure: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        prefill_chunk: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        started = time.perf_counter()
+        bundle = Bundle.open(path, verify=verify)
+        self.manifest: Manifest = bundle.manifest
+        dims, tokens = self.manifest.dims, self.manifest.tokens
+        self.context: int = integer("context", context, 2, dims.context) or min(
+            dims.context, DEFAULT_CONTEXT
+        )
+        widest = min(self.context, WIDEST_CHUNK)
+        fixed = integer("prefill_chunk", prefill_chunk, 1, self.context)
+        self.threads: int = resolve_threads(threads)
+        self._defaults = Sampling.from_dict(self.manifest.sampling)
+        self._tokenizer = Tokenizer.from_file(
+            bundle.file(self.manifest.tokenizer),
+            bos=tokens.bos,
+            eos=tokens.eos,
+            add_bos=tokens.add_bos,
+        )
+        self._templates = {
+            name: bundle.file(file).read_text(encoding="utf-8")
+            for name, file in self.manifest.chat.templates.items()
+        }
+        session = create_session(
+            bundle.file(self.manifest.decoder.graph),
+            threads=self.threads,
+            minimum=self.manifest.min_onnxruntime,
+        )
+        cache = KVCache(self.manifest.decoder.state, rows=1, capacity=self.context)
+        decoder = Decoder(session, self.manifest, cache)
+        planner = ChunkPlanner(fixed=fixed, widest=widest, single_token=_single_token(decoder))
+        self._engine = Engine(decoder, Slot(decoder, planner))
+        # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+        self.load_seconds: float = time.perf_counter() - started
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
+        """Answer a prompt.
+
+        Args:
+            prompt: Text, or tokens as they are. Empty text starts from BOS alone.
+            options: See :class:`GenerateOptions`.
+
+        Raises:
+            ContextLengthError: Prompt and ``max_tokens`` do not fit into the context.
+            ArgumentError: An argument is outside its domain.
+            ClosedError: The model was closed.
+        """
+        return self._complete(self._prompt_tokens(prompt), options)
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
+        """Answer a prompt piece by piece; closing the iterator ends the answer.
+
+        Arguments and errors are those of :meth:`generate`; errors in arguments are raised by this
+        call, not by the first ``next()``.
+        """
+        return self._stream(self._prompt_tokens(prompt), options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str = "default",
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """Answer the last message of a conversation.
+
+        What the cache holds of the conversation is not computed again.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each. Text that looks like a special token
+                stays text.
+            tools: Descriptions of functions, for templates that know tools.
+            template: Name of the chat template.
+            options: See :class:`GenerateOptions`.
+
+        Raises:
+            ChatTemplateError: The bundle has no such template, or it refuses the messages.
+        """
+        tokens = self.apply_chat_template(messages, tools=tools, template=template)
+        return self._complete(tokens, options)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str = "default",
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[Chunk]:
+        """Answer the last message of a conversation piece by piece; see :meth:`chat`."""
+        tokens = self.apply_chat_template(messages, tools=tools, template=template)
+        return self._stream(tokens, options)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str = "default",
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The tokens of a conversation, as :meth:`chat` feeds them."""
+        return encode_chat(
+            self._tokenizer,
+            self._chat_template(template),
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def score(
+        self,
+        text: Prompt,
+        *,
+        cancel: threading.Event | None = None,
+        timeout: float | None = None,
+    ) -> Score:
+        """How likely the model finds a text.
+
+        Args:
+            text: Text, or tokens as they are.
+            cancel: An event that ends the work when it is set.
+            timeout: Seconds after which the work ends.
+
+        Raises:
+            ContextLengthError: The text does not fit into the context.
+            TimeoutError: The time was up.
+            InterruptedError: ``cancel`` was set.
+        """
+        tokens = self._prompt_tokens(text)
+        if len(tokens) > self.context:
+            raise ContextLengthError(len(tokens), 0, self.context)
+        job = Scoring(
+            tokens,
+            vocab=self.manifest.dims.vocab,
+            cancel=cancel,
+            timeout=seconds("timeout", timeout),
+        )
+        (end,) = self._engine.execute(job)
+        assert isinstance(end, ScoreEnd)
+        if end.reason == "timeout":
+            raise TimeoutError(f"Scoring took longer than {timeout} seconds.")
+        if end.reason is not None:
+            raise InterruptedError("Scoring was cancelled.")
+        return Score(tokens=tuple(tokens.tolist()), logprobs=tuple(end.logprobs.tolist()))
+
+    def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""
+        return self._tokenizer.encode(text, add_bos=add_bos)
+
+    def detokenize(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of tokens."""
+        return self._tokenizer.decode(tokens, skip_special=skip_special)
+
+    def close(self) -> None:
+        """End running requests and free the model; may be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<LLM {self.manifest.name!r} context={self.context} threads={self.threads}"
+            f"{'' if self._finalizer.alive else ' closed'}>"
+        )
+
+    def _prompt_tokens(self, prompt: Prompt) -> NDArray[np.int64]:
+        if isinstance(prompt, str):
+            tokens: Sequence[int] = self._tokenizer.encode(prompt)
+            bos = self.manifest.tokens.bos
+            if not tokens and bos is not None:
+                tokens = [bos]
+        else:
+            tokens = prompt
+        vocab = self.manifest.dims.vocab
+        array = np.asarray(tokens)
+        if array.ndim != 1 or not len(array):
+            raise ArgumentError(
+                "prompt", "text or at least one token", prompt, "This model has no BOS token."
+            )
+        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab:
+            raise ArgumentError("prompt", f"text or integers from 0 to {vocab - 1}", prompt)
+        return array.astype(np.int64)
+
+    def _chat_template(self, name: str) -> ChatTemplate:
+        if name not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise ChatTemplateError(
+                f"The bundle has no chat template {name!r}.",
+                f"It has: {known}." if known else "Use generate(): this is a base model.",
+            )
+        return ChatTemplate(self._templates[name], special_tokens=self.manifest.chat.special_tokens)
+
+    def _generation(
+        self, prompt: NDArray[np.int64], options: GenerateOptions, *, stream: bool
+    ) -> Generation:
+        self._engine.check_usable()
+        request = build_request(
+            prompt,
+            options,
+            defaults=self._defaults,
+            eos=self.manifest.tokens.eos,
+            vocab=self.manifest.dims.vocab,
+            context=self.context,
+            stream=stream,
+        )
+        return Generation(
+            request,
+            self._tokenizer,
+            vocab=self.manifest.dims.vocab,
+            load_seconds=self.load_seconds,
+        )
+
+    def _complete(self, prompt: NDArray[np.int64], options: GenerateOptions) -> Completion:
+        generation = self._generation(prompt, options, stream=False)
+        (chunk,) = self._chunks(generation, options.get("on_prompt"))
+        assert chunk.finish_reason is not None
+        assert chunk.usage is not None
+        assert chunk.timings is not None
+        return Completion(
+            text=chunk.text,
+            tokens=chunk.tokens,
+            finish_reason=chunk.finish_reason,
+            usage=chunk.usage,
+            timings=chunk.timings,
+            logprobs=chunk.logprobs,
+        )
+
+    def _stream(self, prompt: NDArray[np.int64], options: GenerateOptions) -> Iterator[Chunk]:
+        generation = self._generation(prompt, options, stream=True)
+        return self._chunks(generation, options.get("on_prompt"))
+
+    def _chunks(
+        self, generation: Generation, on_prompt: Callable[[int, int], None] | None
+    ) -> Iterator[Chunk]:
+        with contextlib.closing(self._engine.execute(generation)) as results:
+            for result in results:
+                if isinstance(result, PromptProgress):
+                    assert on_prompt is not None
+                    on_prompt(result.done, result.total)
+                else:
+                    assert isinstance(result, Chunk)
+                    yield result
+
+
+def _single_token(decoder: Decoder) -> float:
+    """Seconds of a step of one token; also makes the first request as fast as later ones."""
+    for _ in range(2):  # the first brings the weights into memory
+        started = time.perf_counter()
+        decoder.step([0], scored=1)
+        elapsed = time.perf_counter() - started
+        decoder.cache.truncate(0, 0)
+    return elapsed

@@ -1,0 +1,333 @@
+"""The bundle's manifest: the only thing that export and runtime share.
+
+``manifest.json`` is UTF-8 JSON and maps one to one onto :class:`Manifest`. Reading is strict: a
+missing or unknown key is an error that names it, except inside ``info``, which is kept and never
+interpreted. ``format`` is ``major.minor``; a newer major is refused, and so is every name in
+``requires`` that this runtime does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from edge_llm.errors import ManifestError, UnsupportedFormatError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST_NAME",
+    "ChatTemplates",
+    "DecoderGraph",
+    "Dims",
+    "FileEntry",
+    "Manifest",
+    "Quality",
+    "Quantization",
+    "Source",
+    "StateTensor",
+    "TensorQuantization",
+    "Tokens",
+]
+
+FORMAT = "1.0"
+MANIFEST_NAME = "manifest.json"
+LAYOUTS = ("edge_llm.v1",)
+STATE_KINDS = ("kv", "window")
+KNOWN_FEATURES: frozenset[str] = frozenset()
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the weights come from.
+
+    Attributes:
+        architecture: The checkpoint's ``model_type`` ("llama"). For people; never branched on.
+        repo: Hub id, or None for a local folder.
+        revision: Resolved commit, or None.
+        license: The licence that the checkpoint states, or None.
+    """
+
+    architecture: str
+    repo: str | None
+    revision: str | None
+    license: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dims:
+    """Sizes of the model, as its authors count them (``head_dim`` before any padding)."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTensor:
+    """One tensor that a step reads and writes.
+
+    Attributes:
+        input: Name of the graph's input.
+        output: Name of the graph's output.
+        dtype: numpy's name of the element type.
+        shape: Sizes; "batch" and "capacity" stand for what the runtime chooses.
+        batch_axis: Which axis is the batch.
+        sequence_axis: Which axis grows with the tokens.
+        shared: Whether input and output are one buffer, updated in place.
+        kind: "kv" (grows a row a token, rolled back by its length) or "window" (the last tokens,
+            contiguous, compacted on eviction).
+    """
+
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    batch_axis: int
+    sequence_axis: int
+    shared: bool
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderGraph:
+    """The ONNX file, the contract it follows, and its state."""
+
+    graph: str
+    layout: str
+    state: tuple[StateTensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorQuantization:
+    """How one tensor is stored: ``bits`` 32 means float32, and then ``block`` is None."""
+
+    bits: int
+    block: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the weight matrices are stored.
+
+    Attributes:
+        method: "none" or "rtn" (round to nearest).
+        bits: Bits of a weight; 32 means float32.
+        block: Weights that share a scale, or None for float32.
+        exceptions: Tensors that are stored in another way, by their name in the checkpoint.
+    """
+
+    method: str
+    bits: int
+    block: int | None
+    exceptions: Mapping[str, TensorQuantization]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Control tokens: ids, and whether a prompt starts with ``bos``."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    add_bos: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplates:
+    """Chat templates by name ("default" first of all), and the token strings they see."""
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """One measured figure: the float32 reference's value and this bundle's, on stated data."""
+
+    metric: str
+    data: str
+    reference: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that the runtime knows about a bundle besides the graph itself.
+
+    Attributes:
+        format: Version of this schema, "major.minor".
+        requires: Features that a runtime must know to run the bundle rightly.
+        min_onnxruntime: Oldest ONNX Runtime that has the graph's operators.
+        name: What people call the model.
+        sampling: Defaults for what the caller leaves out (fields of ``Sampling``).
+        files: Every file of the bundle save the manifest, by path inside it.
+        quality: Measured figures; empty where nothing was measured.
+        producer: Versions of what wrote the bundle.
+        info: Kept, never interpreted.
+    """
+
+    format: str
+    requires: tuple[str, ...]
+    min_onnxruntime: str
+    name: str
+    source: Source
+    dims: Dims
+    decoder: DecoderGraph
+    quantization: Quantization
+    tokens: Tokens
+    sampling: Mapping[str, float]
+    tokenizer: str
+    chat: ChatTemplates
+    files: Mapping[str, FileEntry]
+    quality: tuple[Quality, ...]
+    producer: Mapping[str, str]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.decoder.layout not in LAYOUTS:
+            raise UnsupportedFormatError(
+                f"decoder.layout must be one of {', '.join(LAYOUTS)}, got {self.decoder.layout!r}.",
+                "Upgrade edge-llm.",
+            )
+        for i, state in enumerate(self.decoder.state):
+            _check_state(state, f"decoder.state[{i}]")
+        for path in self.files:
+            parts = PurePosixPath(path).parts
+            if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
+                raise ManifestError(
+                    f"files: {path!r} is not a relative path inside the bundle.", _EXPORT_AGAIN
+                )
+        named = {self.decoder.graph, self.tokenizer, *self.chat.templates.values()}
+        for path in sorted(named - set(self.files)):
+            raise ManifestError(f"files does not list {path!r}, which is used.", _EXPORT_AGAIN)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            UnsupportedFormatError: It is of a newer major version, or requires an unknown feature.
+            ManifestError: It is not JSON, or a key is missing, unknown or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}.", _EXPORT_AGAIN) from error
+        if not isinstance(data, dict):
+            raise ManifestError(f"{MANIFEST_NAME} must be a JSON object.", _EXPORT_AGAIN)
+        _check_version(data)
+        return _decode(cls, data, "")
+
+    def to_json(self) -> str:
+        """Write the manifest as indented JSON that ends in a newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+_EXPORT_AGAIN = "Export the bundle again."
+
+
+def _check_version(data: Mapping[str, Any]) -> None:
+    version = data.get("format")
+    parts = version.split(".") if isinstance(version, str) else []
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ManifestError(f'format must be "major.minor", got {version!r}.', _EXPORT_AGAIN)
+    if int(parts[0]) != int(FORMAT.split(".")[0]):
+        raise UnsupportedFormatError(
+            f"The bundle has format {version}; this runtime reads format {FORMAT}.",
+            "Upgrade edge-llm." if int(parts[0]) > int(FORMAT.split(".")[0]) else _EXPORT_AGAIN,
+        )
+    requires = data.get("requires", [])
+    for name in requires if isinstance(requires, list) else []:
+        if name not in KNOWN_FEATURES:
+            raise UnsupportedFormatError(
+                f"The bundle requires {name!r}, which this runtime does not know.",
+                "Upgrade edge-llm.",
+            )
+
+
+def _check_state(state: StateTensor, where: str) -> None:
+    if state.kind not in STATE_KINDS:
+        raise UnsupportedFormatError(
+            f"{where}.kind must be one of {', '.join(STATE_KINDS)}, got {state.kind!r}.",
+            "Upgrade edge-llm.",
+        )
+    axes = {"batch_axis": state.batch_axis, "sequence_axis": state.sequence_axis}
+    for key, axis in axes.items():
+        if not 0 <= axis < len(state.shape):
+            raise ManifestError(
+                f"{where}.{key} must be an axis of {list(state.shape)}, got {axis}.", _EXPORT_AGAIN
+            )
+
+
+def _decode(kind: type[T], data: object, where: str) -> T:
+    """Build a dataclass from JSON, naming the key of whatever is missing, unknown or mistyped."""
+    if not isinstance(data, dict):
+        raise ManifestError(f"{where} must be an object, got {data!r}.", _EXPORT_AGAIN)
+    prefix = f"{where}." if where else ""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise ManifestError(
+                f"{prefix}{key} is a key that format {FORMAT} does not have.",
+                "Upgrade edge-llm, or move the key into info.",
+            )
+    values = {}
+    for key, spec in fields.items():
+        if key in data:
+            values[key] = _value(hints[key], data[key], f"{prefix}{key}")
+        elif spec.default_factory is dataclasses.MISSING:
+            raise ManifestError(f"{prefix}{key} is missing.", _EXPORT_AGAIN)
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    """Check one JSON value against a type hint and turn it into the field's own type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _decode(typing.cast("type[Any]", hint), value, where)
+    if origin is types.UnionType:
+        fits = [one for one in arguments if _plain(one, value)]
+        if fits:
+            return value
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
+    elif origin is Mapping and isinstance(value, dict):
+        return {key: _value(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
+    elif origin is None and _plain(hint, value):
+        return value
+    shown = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ManifestError(f"{where} must be {shown}, got {value!r}.", _EXPORT_AGAIN)
+
+
+def _plain(hint: Any, value: object) -> bool:
+    """Whether a JSON scalar is of the type; true and false are no numbers."""
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)

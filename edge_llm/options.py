@@ -1,0 +1,169 @@
+"""The options of a request, and checking them before any work."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.decoding.sampling import LogitsHook, Sampling
+from edge_llm.engine.generation import Request
+from edge_llm.errors import ArgumentError, ContextLengthError
+
+__all__ = ["GenerateOptions", "build_request", "integer", "seconds"]
+
+MOST_LOGPROBS = 100
+SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of every call that generates. What is left out comes from the bundle.
+
+    Attributes:
+        max_tokens: Most tokens of the answer; None means what the context has left.
+        min_tokens: Tokens before which nothing may end the answer.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the most likely tokens that together have this probability.
+        min_p: Keep tokens at least this share as likely as the most likely one.
+        repetition_penalty: Of tokens in prompt and answer, as in transformers; 1 is none.
+        presence_penalty: Taken off the logits of tokens in the answer, as in the OpenAI API.
+        frequency_penalty: ... for each time that they occur in it.
+        logit_bias: Added to the logits of these tokens.
+        logits_hook: ``hook(tokens, logits)`` gets prompt and answer so far and a copy of the
+            logits, float32 [vocab], and returns what to use in their place. It runs on the
+            engine's thread.
+        seed: Same seed, same text; None draws one from the system.
+        stop: A string or strings that end the answer and are not part of it.
+        stop_tokens: Tokens that end the answer besides the model's own.
+        logprobs: Report each token's log-probability and those of so many alternatives.
+        cancel: An event that ends the answer when it is set, inside a step too.
+        timeout: Seconds after which the answer ends, the prompt's time included.
+        on_prompt: Called with the prompt's tokens done and in all, before each of its chunks.
+    """
+
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logits_hook: LogitsHook | None
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_tokens: Sequence[int]
+    logprobs: int | None
+    cancel: threading.Event | None
+    timeout: float | None
+    on_prompt: Callable[[int, int], None] | None
+
+
+def build_request(
+    prompt: NDArray[np.int64],
+    options: GenerateOptions,
+    *,
+    defaults: Sampling,
+    eos: Sequence[int],
+    vocab: int,
+    context: int,
+    stream: bool,
+) -> Request:
+    """Check the options of a call and fill in what it leaves out.
+
+    Args:
+        prompt: int64 [tokens], at least one.
+        options: As the caller gave them.
+        defaults: The bundle's own sampling.
+        eos: The model's ending tokens.
+        vocab: Size of the vocabulary.
+        context: Most tokens of prompt and answer together.
+        stream: Whether the answer is handed over as it comes.
+
+    Raises:
+        ContextLengthError: Prompt and answer do not fit into the context.
+        ArgumentError: An option is unknown, or outside its domain.
+    """
+    for name in options:
+        if name not in GenerateOptions.__annotations__:
+            known = ", ".join(GenerateOptions.__annotations__)
+            raise ArgumentError(name, "left out: there is no such option", options[name], known)  # type: ignore[literal-required]
+    sampling = defaults.merged(**{name: options.get(name) for name in SAMPLING_FIELDS})
+    max_tokens = integer("max_tokens", options.get("max_tokens"), 1)
+    if max_tokens is None:
+        max_tokens = max(1, context - len(prompt))
+    if len(prompt) + max_tokens > context:
+        raise ContextLengthError(len(prompt), max_tokens, context)
+    min_tokens = integer("min_tokens", options.get("min_tokens"), 0, max_tokens) or 0
+    stop_tokens = [
+        integer("stop_tokens", token, 0, vocab - 1) for token in options.get("stop_tokens") or ()
+    ]
+    cancel = options.get("cancel")
+    if cancel is not None and not hasattr(cancel, "is_set"):
+        raise ArgumentError("cancel", "a threading.Event", cancel)
+    return Request(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        sampling=sampling,
+        seed=integer("seed", options.get("seed"), 0),
+        stops=_stops(options.get("stop")),
+        ending=frozenset(eos) | {token for token in stop_tokens if token is not None},
+        logprobs=integer("logprobs", options.get("logprobs"), 0, min(vocab, MOST_LOGPROBS)),
+        hook=_callable("logits_hook", options.get("logits_hook")),
+        cancel=cancel,
+        timeout=seconds("timeout", options.get("timeout")),
+        progress=_callable("on_prompt", options.get("on_prompt")) is not None,
+        stream=stream,
+    )
+
+
+def integer(name: str, value: object, lowest: int, highest: int | None = None) -> int | None:
+    """An integer within bounds, or None.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if value is None:
+        return None
+    integral = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integral or value < lowest or (highest is not None and value > highest):  # type: ignore[operator]
+        domain = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ArgumentError(name, f"an integer {domain}", value)
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def seconds(name: str, value: object) -> float | None:
+    """A positive, finite number of seconds, or None.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise ArgumentError(name, "a positive number of seconds", value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+        raise ArgumentError("stop", "a string or strings, none of them empty", value)
+    return tuple(stops)
+
+
+def _callable(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ArgumentError(name, "a function", value)
+    return value

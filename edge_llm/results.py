@@ -1,0 +1,122 @@
+"""What the public calls give back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from edge_llm.decoding.sampling import TokenLogprob
+
+__all__ = ["Chunk", "Completion", "FinishReason", "Score", "Timings", "Usage"]
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens that a request took.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        reused_tokens: How many of them were still in the cache and were not computed again.
+        completion_tokens: Tokens of the answer, an ending token included.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Wall-clock seconds of a request.
+
+    Attributes:
+        load: Loading the model, before any request.
+        queued: From the call until work began (others were served).
+        prompt: Computing the prompt's tokens that were not reused.
+        first_token: From the call until the first token was chosen; None if there was none.
+        per_token: Mean from the first token to the last; None for fewer than two tokens.
+        total: From the call until the end.
+    """
+
+    load: float
+    queued: float
+    prompt: float
+    first_token: float | None
+    per_token: float | None
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer.
+
+    Attributes:
+        text: The answer, without special tokens and without the stop string that ended it.
+        tokens: Every token that was chosen, the ending one included.
+        finish_reason: "stop" (an ending token or a stop string), "length" (max_tokens),
+            "cancelled" or "timeout".
+        usage: Tokens.
+        timings: Seconds.
+        logprobs: One entry per token where they were asked for, else None.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of an answer; exactly one, the last, has a ``finish_reason``.
+
+    Attributes:
+        text: New text: whole characters, never a part of a stop string that ended the answer.
+        tokens: The tokens since the chunk before.
+        logprobs: One entry per token where they were asked for, else None.
+        finish_reason: Why the answer ended; None before the last chunk.
+        usage: Tokens of the whole request; on the last chunk only.
+        timings: Seconds of the whole request; on the last chunk only.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How likely the model finds a text.
+
+    Attributes:
+        tokens: The text's tokens, a leading BOS included.
+        logprobs: Natural logarithms of each token's probability given those before it; one fewer
+            than ``tokens``, for the first token has nothing before it.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """The text's log-probability, in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-probability; 1 where nothing was scored."""
+        return math.exp(-self.total / len(self.logprobs)) if self.logprobs else 1.0

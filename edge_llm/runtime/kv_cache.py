@@ -1,0 +1,56 @@
+"""The decoder's state: buffers that are allocated once and updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.manifest import StateTensor
+
+__all__ = ["KVCache", "state_bytes"]
+
+
+class KVCache:
+    """One buffer per state tensor, [rows, kv_heads, capacity, head_dim], and each row's length.
+
+    What lies behind a row's length is never read, so rolling back is a smaller length. Memory is
+    committed by the system only as rows grow: an untouched page of zeros costs nothing.
+
+    Args:
+        state: The decoder's state, as the manifest lists it.
+        rows: Sequences that are held at once.
+        capacity: Most tokens of a row.
+    """
+
+    def __init__(self, state: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self.lengths = np.zeros(rows, np.int32)
+        self.buffers: dict[str, NDArray[np.generic]] = {
+            one.input: np.zeros(_shape(one, rows, capacity), one.dtype) for one in state
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what a row holds from ``length`` on."""
+        assert 0 <= length <= self.lengths[row]
+        self.lengths[row] = length
+
+
+def state_bytes(state: Sequence[StateTensor], *, rows: int, capacity: int) -> int:
+    """Bytes that a cache of this size takes when it is full."""
+    return sum(
+        int(np.prod(_shape(one, rows, capacity), dtype=np.int64)) * np.dtype(one.dtype).itemsize
+        for one in state
+    )
+
+
+def _shape(state: StateTensor, rows: int, capacity: int) -> tuple[int, ...]:
+    sizes = {"batch": rows, "capacity": capacity}
+    return tuple(sizes[size] if isinstance(size, str) else size for size in state.shape)

@@ -1,0 +1,128 @@
+"""Making ONNX Runtime sessions: telemetry off, this process's threads, errors with a remedy."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_llm.errors import ArgumentError, PlatformError, RuntimeFailure, TelemetryWarning
+from edge_llm.runtime.device import check_platform, usable_cores
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["create_session", "import_onnxruntime", "resolve_threads"]
+
+log = logging.getLogger("edge_llm")
+
+# Between two operators of a step a worker waits for a few microseconds, between two steps for some
+# hundred (a token is chosen): spinning that long and no longer leaves an idle model's cores alone.
+SPIN_MICROSECONDS = 1000
+
+
+@functools.cache
+def import_onnxruntime() -> types.ModuleType:
+    """Import onnxruntime with its telemetry off.
+
+    onnxruntime starts its telemetry client when it is imported, so the environment variable must
+    be set before; its API call comes too late.
+
+    Raises:
+        PlatformError: No build of onnxruntime for this machine, or none installed.
+    """
+    check_platform()
+    if "onnxruntime" in sys.modules and os.environ.get("ORT_DISABLE_TELEMETRY") != "1":
+        warnings.warn(
+            "onnxruntime was imported before edge_llm loaded a model, so its telemetry is on: it "
+            "has started threads, writes to the home directory and may open connections. Import "
+            "edge_llm.runtime.session first, or set ORT_DISABLE_TELEMETRY=1.",
+            TelemetryWarning,
+            stacklevel=2,
+        )
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise PlatformError(
+            f"onnxruntime cannot be imported: {error}.",
+            "Install it with `pip install 'onnxruntime>=1.32'`.",
+        ) from error
+    return onnxruntime
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Threads to compute with: those asked for, or one per usable core.
+
+    Raises:
+        ArgumentError: More threads than the affinity mask and the CPU quota allow, or below 1.
+    """
+    cores = usable_cores()
+    if threads is None:
+        return cores
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= cores:
+        raise ArgumentError(
+            "threads",
+            f"an integer from 1 to {cores} (cores that this process may use)",
+            threads,
+            "More threads than cores make every step wait for the slowest.",
+        )
+    return threads
+
+
+def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceSession:
+    """Open a graph on the CPU.
+
+    Args:
+        model: The ONNX file.
+        threads: Threads that compute, the caller's own included.
+        minimum: Oldest version of onnxruntime that has the graph's operators.
+
+    Raises:
+        PlatformError: onnxruntime is too old or missing.
+        RuntimeFailure: ONNX Runtime refuses the graph.
+    """
+    ort = import_onnxruntime()
+    if _version(ort.__version__) < _version(minimum):
+        raise PlatformError(
+            f"The bundle needs onnxruntime {minimum}; {ort.__version__} is installed.",
+            f"Upgrade it with `pip install 'onnxruntime>={minimum}'`.",
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    log.debug("opening %s with %d threads", model, threads)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except onnxruntime_errors() as error:
+        raise RuntimeFailure(
+            f"ONNX Runtime {ort.__version__} refuses {model.name}: {error}",
+            "Check the files with `edge-llm info --verify`, or export the bundle again.",
+        ) from error
+
+
+@functools.cache
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that onnxruntime's native part raises."""
+    import_onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    found = [one for one in vars(native).values() if isinstance(one, type)]
+    raised = tuple(one for one in found if issubclass(one, Exception))
+    return (*raised, RuntimeError)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "1.32.0rc1" gives (1, 32)."""
+    numbers: list[Any] = []
+    for part in text.split(".")[:2]:
+        digits = "".join(char for char in part if char.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)

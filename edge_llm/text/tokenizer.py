@@ -1,0 +1,279 @@
+"""Text to tokens and back, exactly as the tokenizer file says."""
+
+from __future__ import annotations
+
+import json
+import operator
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, SupportsIndex
+
+import tokenizers
+
+from edge_llm.errors import ArgumentError, IntegrityError
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """Encodes and decodes with a tokenizer.json.
+
+    Parity: ids and text are those of transformers' fast tokenizer on the same file with
+    `clean_up_tokenization_spaces=False`. It may be used from several threads.
+
+    Args:
+        source: The JSON text of tokenizer.json. Its truncation and padding are switched off.
+        bos: The id of the beginning-of-sequence token, if the model has one.
+        eos: The ids that end an answer.
+        add_bos: Whether BOS goes in front of a text.
+
+    Raises:
+        ArgumentError: `bos` or `eos` is no id of this tokenizer, or `add_bos` lacks a `bos`.
+        IntegrityError: The source is no tokenizer.json.
+    """
+
+    def __init__(self, source: str, *, bos: int | None, eos: Sequence[int], add_bos: bool) -> None:
+        try:
+            self._full = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises nothing narrower
+            raise IntegrityError(f"tokenizer.json cannot be read: {error}.") from error
+        self._full.no_truncation()
+        self._full.no_padding()
+        ids = self._full.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids, default=-1) + 1
+        """One more than the highest id; the model's logits may have more rows than that."""
+        self.added_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
+            self._full.get_added_tokens_decoder()
+        )
+        """The tokens that are recognised as a whole in text, by id."""
+        self.bos = None if bos is None else self._id("bos", bos)
+        self.eos = tuple(self._id("eos", token) for token in eos)
+        if add_bos and bos is None:
+            raise ArgumentError("add_bos", "False where there is no bos", add_bos)
+        self.add_bos = add_bos
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, bos: int | None, eos: Sequence[int], add_bos: bool
+    ) -> Tokenizer:
+        """Reads a tokenizer.json.
+
+        Args:
+            path: The file.
+            bos: As for the class, like the next two.
+            eos: See there.
+            add_bos: See there.
+
+        Raises:
+            ArgumentError: As for the class.
+            IntegrityError: The file is missing or is no tokenizer.json.
+        """
+        try:
+            source = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise IntegrityError(f"{path} cannot be read: {error}.") from error
+        return cls(source, bos=bos, eos=eos, add_bos=add_bos)
+
+    @cached_property
+    def control_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
+        """The added tokens that structure a text, by id: all but plain ones of white space.
+
+        Several vocabularies add runs of spaces and newlines (GPT-NeoX, Gemma); these are text.
+        """
+        return {
+            token: added
+            for token, added in self.added_tokens.items()
+            if added.special or added.content.replace("▁", " ").strip()
+        }
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """The ids of a text; added tokens in it are recognised.
+
+        Args:
+            text: Any text that UTF-8 can hold.
+            add_bos: Whether BOS goes in front; None leaves it to the tokenizer's `add_bos`.
+
+        Raises:
+            ArgumentError: `text` is no string or holds a lone surrogate; or BOS is asked for
+                where there is none.
+        """
+        ids: list[int] = self._encode(self._full, text).ids
+        return self._bos(add_bos) + ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text without BOS, and where in it each comes from.
+
+        Args:
+            text: Like `encode`'s.
+
+        Returns:
+            Ids, and for each the (start, stop) of its characters. An added token that strips white
+            space has this in its range.
+        """
+        encoding = self._encode(self._full, text)
+        return encoding.ids, encoding.offsets
+
+    def encode_literal(
+        self, text: str, *, add_bos: bool | None = None, continues: bool = False
+    ) -> list[int]:
+        """The ids of a text in which nothing is a control token, whatever it spells.
+
+        Args:
+            text: Like `encode`'s.
+            add_bos: Like `encode`'s.
+            continues: Whether an added token precedes the text; matters to tokenizers that treat
+                the beginning of a text in another way.
+
+        Raises:
+            ArgumentError: Like `encode`.
+        """
+        front = self._sentinel if continues else ""
+        encoding = self._encode(self._plain, front + text)
+        if any(self.is_control(i, front + text, s) for i, s in _pairs(encoding)):
+            # A vocabulary that holds the control token's text as an ordinary piece.
+            encoding = self._encode(self._purged, front + text)
+        ids = [self._plain_ids.get(i, i) for i in encoding.ids[len(front) > 0 :]]
+        return self._bos(add_bos) + ids
+
+    def is_control(self, token: int, text: str, span: tuple[int, int]) -> bool:
+        """Whether an id stands for a control token that the text spells out.
+
+        The unknown token, mostly a control token too, is none where it stands for other text.
+
+        Args:
+            token: An id that `encode_with_offsets` gave for the text.
+            text: The text.
+            span: The id's range of characters.
+        """
+        added = self.control_tokens.get(token)
+        if added is None:
+            return False
+        surface, content = text[slice(*span)], added.content.strip()
+        if added.normalized and (normalizer := self._full.normalizer) is not None:
+            surface, content = normalizer.normalize_str(surface), normalizer.normalize_str(content)
+        return content.strip() in surface
+
+    def decode(self, tokens: Sequence[SupportsIndex], *, skip_special: bool = True) -> str:
+        """The text of ids.
+
+        Args:
+            tokens: Ids.
+            skip_special: Whether special tokens are left out.
+
+        Raises:
+            ArgumentError: An id is outside the vocabulary.
+        """
+        ids = [self._id("tokens", token) for token in tokens]
+        return str(self._full.decode(ids, skip_special_tokens=skip_special))
+
+    def token_string(self, token: SupportsIndex, *, skip_special: bool = True) -> str | None:
+        """What the decoder is given for an id, before it makes text of it.
+
+        Args:
+            token: An id.
+            skip_special: Whether special tokens are left out.
+
+        Returns:
+            The vocabulary's string; None for a special token to be left out and for an unused id.
+
+        Raises:
+            ArgumentError: The id is outside the vocabulary.
+        """
+        index = self._id("token", token)
+        added = self.added_tokens.get(index)
+        if added is not None and added.special and skip_special:
+            return None
+        string: str | None = self._full.id_to_token(index)
+        return string
+
+    def decoder_spec(self) -> dict[str, Any] | None:
+        """The `decoder` of tokenizer.json, or None where it has none."""
+        decoder = self._full.decoder
+        return None if decoder is None else json.loads(decoder.__getstate__())
+
+    def _bos(self, add_bos: bool | None) -> list[int]:
+        if not (self.add_bos if add_bos is None else add_bos):
+            return []
+        if self.bos is None:
+            raise ArgumentError("add_bos", "False for a tokenizer without BOS", add_bos)
+        return [self.bos]
+
+    def _id(self, name: str, token: SupportsIndex) -> int:
+        try:
+            index = operator.index(token)
+        except TypeError:
+            index = -1
+        if isinstance(token, bool) or not 0 <= index < self.vocab_size:
+            raise ArgumentError(name, f"token ids from 0 to {self.vocab_size - 1}", token)
+        return index
+
+    @staticmethod
+    def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            domain = "a string without lone surrogates (text that UTF-8 can hold)"
+            raise ArgumentError("text", domain, text) from None
+
+    @cached_property
+    def _sentinel(self) -> str:
+        # Nobody can write into a message what nobody can guess.
+        return secrets.token_hex(16)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same model, shared, without the control tokens."""
+        return self._without_control(self._full.model)
+
+    @cached_property
+    def _plain_ids(self) -> dict[int, int]:
+        """The true ids of added tokens that the plain twin numbers anew."""
+        texts = self.added_tokens.keys() - self.control_tokens.keys()
+        own = {token: self._plain.token_to_id(self.added_tokens[token].content) for token in texts}
+        return {plain: token for token, plain in own.items() if plain is not None}
+
+    @cached_property
+    def _purged(self) -> tokenizers.Tokenizer:
+        """The plain twin over a model whose own vocabulary cannot spell a control token either."""
+        spec = json.loads(self._full.to_str())
+        model = _purge(spec["model"], {t.content for t in self.control_tokens.values()})
+        bare = {"version": spec["version"], "model": model, "added_tokens": []}
+        return self._without_control(tokenizers.Tokenizer.from_str(json.dumps(bare)).model)
+
+    def _without_control(self, model: Any) -> tokenizers.Tokenizer:
+        twin = tokenizers.Tokenizer(model)
+        twin.normalizer = self._full.normalizer
+        twin.pre_tokenizer = self._full.pre_tokenizer
+        texts = sorted(self.added_tokens.keys() - self.control_tokens.keys())
+        twin.add_tokens([self.added_tokens[token] for token in texts])
+        sentinel = tokenizers.AddedToken(self._sentinel, normalized=False, special=True)
+        twin.add_special_tokens([sentinel])
+        return twin
+
+
+def _pairs(encoding: tokenizers.Encoding) -> zip[tuple[int, tuple[int, int]]]:
+    return zip(encoding.ids, encoding.offsets, strict=True)
+
+
+def _purge(model: dict[str, Any], contents: set[str]) -> dict[str, Any]:
+    """A model's JSON with entries renamed so that text cannot reach them; ids stay."""
+    name = {content: secrets.token_hex(16) for content in contents}
+    purged = dict(model)
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: (piece, score) in the order of ids
+        purged["vocab"] = [[name.get(piece, piece), score] for piece, score in vocab]
+    else:
+        purged["vocab"] = {name.get(piece, piece): token for piece, token in vocab.items()}
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        purged["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if not contents & {left, right, left + right.removeprefix(prefix)}
+        ]
+    if model.get("unk_token") in name:
+        purged["unk_token"] = name[model["unk_token"]]
+    return purged

@@ -1,0 +1,33 @@
+"""Does a freshly written bundle run at all?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_llm import LLM
+from edge_llm.errors import EdgeLLMError, VerificationError
+
+__all__ = ["run_once"]
+
+
+def run_once(folder: Path) -> None:
+    """Open a bundle, hashes and all, and let it answer a short prompt.
+
+    Raises:
+        VerificationError: It does not open, or a step fails or gives no numbers.
+    """
+    try:
+        with LLM(folder, context=8, verify=False) as llm:
+            prompt = [llm.manifest.tokens.bos or 0] * 3
+            completion = llm.generate(prompt, max_tokens=2, temperature=0.0, logprobs=0)
+    except EdgeLLMError as error:
+        raise VerificationError(
+            f"The written bundle does not run: {error}", "Please report this model."
+        ) from error
+    assert completion.logprobs is not None
+    for entry in completion.logprobs:
+        if not entry.logprob <= 0:
+            raise VerificationError(
+                f"The written bundle gives the log-probability {entry.logprob}.",
+                "Check the checkpoint's weights for infinities.",
+            )

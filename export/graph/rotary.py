@@ -1,0 +1,51 @@
+"""Cosines and sines of rotary position embedding, for every position of the exported context."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import RopeConfig
+
+__all__ = ["inverse_frequencies", "rotary_tables"]
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float32]:
+    """Radians per position of each rotated pair, float32 [head_dim / 2].
+
+    Sources: RoFormer (arXiv 2104.09864); position interpolation (arXiv 2306.15595) for "linear";
+    transformers' ``_compute_llama3_parameters`` for "llama3".
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope)
+    assert rope.kind == "default", rope.kind
+    return frequencies
+
+
+def _llama3(frequencies: NDArray[np.float32], rope: RopeConfig) -> NDArray[np.float32]:
+    """Slow frequencies are divided by the factor, fast ones kept, those between are blended."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = rope.original_context / wavelengths
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0).astype(np.float32)
+    return (1 - blend) * frequencies / np.float32(rope.factor) + blend * frequencies
+
+
+def rotary_tables(
+    rope: RopeConfig, *, head_dim: int, padded: int, context: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines, each float32 [context, padded / 2]; padded pairs do not turn."""
+    # Angles are rounded to float32 as in the reference implementation, which computes them so.
+    positions = np.arange(context, dtype=np.float32)
+    angles = positions[:, None] * inverse_frequencies(rope, head_dim)[None, :]
+    cosines = np.ones((context, padded // 2), np.float32)
+    sines = np.zeros((context, padded // 2), np.float32)
+    cosines[:, : head_dim // 2] = np.cos(angles.astype(np.float64))
+    sines[:, : head_dim // 2] = np.sin(angles.astype(np.float64))
+    return cosines, sines

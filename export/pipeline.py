@@ -1,0 +1,265 @@
+"""From a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edge_llm.errors import ArgumentError, CheckpointError
+from edge_llm.manifest import (
+    FORMAT,
+    ChatTemplates,
+    DecoderGraph,
+    Dims,
+    Manifest,
+    Quantization,
+    Source,
+    Tokens,
+)
+
+from .architectures.registry import read_architecture
+from .architectures.spec import DecoderSpec
+from .checkpoint.hub import Checkpoint, resolve
+from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
+from .checkpoint.weights import Weights
+from .config import read_config
+from .evaluate.selfcheck import run_once
+from .graph.decoder import build_decoder
+from .quantize.storage import FLOAT32, Storage
+from .writer import BundleWriter, check_target, staged
+
+__all__ = ["BLOCKS", "DEFAULT_BLOCK", "QUANTIZATIONS", "Progress", "export_model"]
+
+QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
+BLOCKS = (32, 64, 128)
+DEFAULT_BLOCK = 32
+
+# A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
+LONGEST_DEFAULT_CONTEXT = 8192
+MIN_ONNXRUNTIME = "1.32"
+
+Progress = Callable[[str, int, int], None]
+
+
+def export_model(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    quantize: str = "int4",
+    block: int | None = None,
+    max_context: int | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    ignore_config: Collection[str] = (),
+    progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Export a Hugging Face checkpoint as a bundle, open the bundle and run it once.
+
+    Args:
+        source: A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
+        output: The bundle's folder; must not exist or be empty.
+        quantize: "fp32", "int8" or "int4".
+        block: Weights that share a scale: 32, 64 or 128 (default 32).
+        max_context: Longest sequence that the bundle can take, in tokens; by default the model's
+            own, but at most 8,192.
+        revision: Branch, tag or commit on the hub.
+        overwrite: Replace a bundle that is there.
+        ignore_config: Keys of config.json that do not change the computation.
+        progress: Called with a phase, the work done and the whole work.
+        warn: Called with what the user should know (default: nothing is said).
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        ArgumentError: An argument is outside its domain.
+        CheckpointError: The checkpoint's files are not usable.
+        UnsupportedModelError: The model needs what the builder does not know.
+        VerificationError: The written bundle does not run.
+        ExportError: The disk is full, or the output cannot be written.
+    """
+    storage = _storage(quantize, block)
+    target = Path(output)
+    check_target(target, overwrite=overwrite)
+    report = progress or (lambda phase, done, total: None)
+    report("reading", 0, 1)
+    checkpoint = resolve(os.fspath(source), revision=revision)
+    config = read_config(checkpoint.path)
+    spec = read_architecture(config, ignore=ignore_config)
+    context = _context(spec, max_context)
+    files = read_tokenizer(checkpoint.path, config)
+    if files.vocab_size > spec.vocab:
+        raise CheckpointError(
+            f"tokenizer.json has ids up to {files.vocab_size - 1}, but the model's vocabulary "
+            f"has {spec.vocab} rows.",
+            "Use the tokenizer that belongs to this checkpoint.",
+        )
+    for name in files.ignored:
+        if warn:
+            warn(f"generation_config.json: {name} is not supported and was left out")
+    with Weights.open(checkpoint.path) as weights, staged(target, overwrite=overwrite) as stage:
+        _check_tensors(weights, spec)
+        graph, decoder = build_decoder(spec, weights, storage=storage, context=context)
+        total = sum(info.size for group in graph.deferred for info in group.tensors)
+        written = 0
+
+        def count(size: int) -> None:
+            nonlocal written
+            written += size
+            report("writing", written, total)
+
+        writer = BundleWriter(stage)
+        writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
+        chat = _write_texts(writer, files)
+        manifest = _manifest(
+            checkpoint, spec, files, decoder, storage, chat, writer, context, name=target.name
+        )
+        writer.write_manifest(manifest)
+        report("verifying", 0, 1)
+        run_once(stage)
+        report("verifying", 1, 1)
+    return manifest
+
+
+def _storage(quantize: str, block: int | None) -> Storage:
+    if quantize not in QUANTIZATIONS:
+        raise ArgumentError("quantize", f"one of {', '.join(QUANTIZATIONS)}", quantize)
+    if block is not None and block not in BLOCKS:
+        raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
+    if quantize == "fp32":
+        if block is not None:
+            raise ArgumentError("block", "left out with fp32, which has no blocks", block)
+        return FLOAT32
+    return Storage(QUANTIZATIONS[quantize], block or DEFAULT_BLOCK)
+
+
+def _context(spec: DecoderSpec, max_context: int | None) -> int:
+    if max_context is None:
+        return min(spec.context, LONGEST_DEFAULT_CONTEXT)
+    if isinstance(max_context, bool) or not isinstance(max_context, int) or max_context < 1:
+        raise ArgumentError("max_context", "an integer of at least 1", max_context)
+    if max_context > spec.context:
+        raise ArgumentError(
+            "max_context",
+            f"at most {spec.context} (the model's max_position_embeddings)",
+            max_context,
+            "The model was not trained beyond that.",
+        )
+    return max_context
+
+
+def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
+    """Compare the checkpoint's tensors with the architecture's, before any work."""
+    expected = spec.tensor_shapes()
+    names = set(weights.names)
+    for name, shape in expected.items():
+        if name not in names:
+            raise CheckpointError(
+                f"The checkpoint has no tensor {name!r}.",
+                "It is incomplete, or config.json is of another model.",
+            )
+        if tuple(weights.shape(name)) != shape:
+            raise CheckpointError(
+                f"Tensor {name!r} has shape {list(weights.shape(name))}; config.json asks for "
+                f"{list(shape)}.",
+                "config.json is of another model.",
+            )
+    # A tied head may be stored all the same, and old files carry the rotary frequencies.
+    tied_head = {f"{spec.names.head}.weight"} if spec.tied else set()
+    unknown = [
+        name
+        for name in sorted(names - expected.keys() - tied_head)
+        if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has {len(unknown)} tensors that a {spec.architecture} model of this "
+            f"configuration does not have, such as {unknown[0]!r}.",
+            "Merge adapters first, and check config.json.",
+        )
+
+
+def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
+    """Write the tokenizer and the chat templates."""
+    writer.write("tokenizer.json", files.tokenizer_json.read_bytes())
+    templates = {}
+    for name, source in files.chat_templates.items():
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise CheckpointError(
+                f"The chat template's name {name!r} cannot be a file's name.",
+                "Rename it in tokenizer_config.json.",
+            )
+        default = name == "default"
+        path = "chat_template.jinja" if default else f"additional_chat_templates/{name}.jinja"
+        writer.write(path, source.encode("utf-8"))
+        templates[name] = path
+    return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    files: TokenizerFiles,
+    decoder: DecoderGraph,
+    storage: Storage,
+    chat: ChatTemplates,
+    writer: BundleWriter,
+    context: int,
+    *,
+    name: str,
+) -> Manifest:
+    parameters = sum(_count(shape) for shape in spec.tensor_shapes().values())
+    info: dict[str, Any] = {}
+    if files.ignored:
+        info["ignored_generation_config"] = list(files.ignored)
+    return Manifest(
+        format=FORMAT,
+        requires=(),
+        min_onnxruntime=MIN_ONNXRUNTIME,
+        name=checkpoint.repo.rsplit("/", 1)[-1] if checkpoint.repo else name,
+        source=Source(
+            architecture=spec.architecture,
+            repo=checkpoint.repo,
+            revision=checkpoint.revision,
+            license=checkpoint.license,
+        ),
+        dims=Dims(
+            layers=spec.layers,
+            hidden=spec.hidden,
+            intermediate=spec.intermediate,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            vocab=spec.vocab,
+            context=context,
+            parameters=parameters,
+        ),
+        decoder=decoder,
+        quantization=Quantization(
+            method="rtn" if storage.block else "none",
+            bits=storage.bits,
+            block=storage.block,
+            exceptions={},
+        ),
+        tokens=Tokens(bos=files.bos, eos=files.eos, pad=files.pad, add_bos=files.add_bos),
+        sampling=dict(files.sampling),
+        tokenizer="tokenizer.json",
+        chat=chat,
+        files=writer.files,
+        quality=(),
+        producer={name: version(name) for name in ("edge-llm", "onnx", "numpy", "onnxruntime")},
+        info=info,
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

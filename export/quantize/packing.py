@@ -1,0 +1,47 @@
+"""The storage of block-quantized matrices that MatMulNBits and GatherBlockQuantized read.
+
+A matrix [rows, columns] is cut along its columns into blocks of ``block`` weights, the last one
+filled up with zeros. A block is stored as ``block * bits / 8`` bytes, low nibble first at 4 bits,
+and one float32 scale: ``weight = (q - 2 ** (bits - 1)) * scale``. Source: ONNX Runtime's
+contrib operators, ``com.microsoft.MatMulNBits``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["block_count", "blocks_of", "pack", "unpack"]
+
+
+def block_count(columns: int, block: int) -> int:
+    """Blocks in a row of ``columns`` weights."""
+    return -(-columns // block)
+
+
+def blocks_of(weights: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """Cut rows [n, columns] into blocks [n, blocks, block], padding the last with zeros."""
+    rows, columns = weights.shape
+    blocks = block_count(columns, block)
+    if columns % block:
+        padded = np.zeros((rows, blocks * block), np.float32)
+        padded[:, :columns] = weights
+        weights = padded
+    return weights.reshape(rows, blocks, block)
+
+
+def pack(quantized: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack integers [..., block], each below ``2 ** bits``, into bytes [..., block * bits / 8]."""
+    if bits == 8:
+        return quantized
+    return quantized[..., 0::2] | (quantized[..., 1::2] << 4)
+
+
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The inverse of :func:`pack`."""
+    if bits == 8:
+        return packed
+    quantized = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    quantized[..., 0::2] = packed & 15
+    quantized[..., 1::2] = packed >> 4
+    return quantized

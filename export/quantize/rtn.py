@@ -1,0 +1,53 @@
+"""Symmetric round-to-nearest quantization with the signed maximum as the scale.
+
+The weight of largest magnitude in a block is stored exactly: the scale is that weight divided by
+``-2 ** (bits - 1)``, so all integers from 0 to ``2 ** bits - 1`` are used, whichever sign the
+largest weight has. This is the rule of llama.cpp's Q4_0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .packing import blocks_of
+
+__all__ = ["dequantize_blocks", "quantize_rows"]
+
+
+def quantize_rows(
+    weights: NDArray[np.float32], *, bits: int, block: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Quantize rows.
+
+    Args:
+        weights: float32 [n, columns].
+        bits: 4 or 8.
+        block: Weights that share a scale.
+
+    Returns:
+        Integers, uint8 [n, blocks, block], and scales, float32 [n, blocks].
+    """
+    half = 1 << (bits - 1)
+    blocks = blocks_of(weights, block)
+    highest, lowest = blocks.max(axis=-1), blocks.min(axis=-1)
+    extreme = np.where(highest > -lowest, highest, lowest)
+    scales = extreme / np.float32(-half)
+    # A block whose scale is 0 or so small that its inverse overflows is stored as zeros.
+    usable = np.abs(scales) >= np.finfo(np.float32).tiny
+    scales = np.where(usable, scales, np.float32(0))
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
+    scaled = blocks * inverse[..., None]
+    np.rint(scaled, out=scaled)
+    scaled += np.float32(half)
+    np.clip(scaled, 0, 2 * half - 1, out=scaled)
+    return scaled.astype(np.uint8), scales
+
+
+def dequantize_blocks(
+    quantized: NDArray[np.uint8], scales: NDArray[np.float32], *, bits: int, columns: int
+) -> NDArray[np.float32]:
+    """The weights that the integers stand for, float32 [n, columns]."""
+    half = 1 << (bits - 1)
+    values = (quantized.astype(np.float32) - half) * scales[..., None]
+    return values.reshape(values.shape[0], -1)[:, :columns]

@@ -1,0 +1,157 @@
+"""Writing a bundle: into a folder beside the target, which is renamed when all is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_llm.errors import ArgumentError, ExportError
+from edge_llm.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+from .graph.decoder import GRAPH_FILE
+from .graph.recorder import GraphRecorder
+
+__all__ = ["BundleWriter", "staged"]
+
+DATA_FILE = f"{GRAPH_FILE}.data"
+
+# Memory maps start at multiples of the allocation granularity, 64 KiB on Windows; small tensors
+# share a map's start, so they need no more than a cache line's alignment.
+ALIGNMENT = 64
+
+
+class BundleWriter:
+    """Writes the files of one bundle into a folder and remembers their sizes and hashes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, FileEntry] = {}
+
+    def write_graph(
+        self, graph: GraphRecorder, *, producer: str, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Compute the weights one after the other, write them, then the graph that points there.
+
+        Args:
+            graph: The recorded graph.
+            producer: Version to record in the graph.
+            on_bytes: Called with the number of bytes just written.
+        """
+        offsets: dict[str, int] = {}
+        with self._create(DATA_FILE) as stream:
+            for group in graph.deferred:
+                for info, rows in zip(group.tensors, group.compute(), strict=True):
+                    stream.write(b"\0" * (-stream.position % ALIGNMENT))
+                    offsets[info.name] = stream.position
+                    for array in rows:
+                        assert array.dtype == info.dtype, info.name
+                        stream.write(memoryview(array).cast("B"))
+                        on_bytes(array.nbytes)
+                    assert stream.position - offsets[info.name] == info.size, info.name
+        model = graph.model(DATA_FILE, offsets, producer)
+        self.write(GRAPH_FILE, model.SerializeToString(deterministic=True))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        with self._create(name) as stream:
+            stream.write(content)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest, last of all."""
+        (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+    @contextmanager
+    def _create(self, name: str) -> Iterator[_HashingStream]:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            stream = _HashingStream(file)
+            yield stream
+        self.files[name] = FileEntry(size=stream.position, sha256=stream.hexdigest())
+
+
+class _HashingStream:
+    """A binary stream that hashes what passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.position = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self.position += len(content)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder that becomes ``target`` if the block ends well, and is removed if not.
+
+    The folder lies beside the target, so that the last step is a rename on one file system. It is
+    removed on every way out, an interrupt and a full disk included.
+
+    Raises:
+        ArgumentError: The target exists and ``overwrite`` is false, or it is not a bundle.
+        ExportError: The folder cannot be made or written.
+    """
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ExportError(
+            f"Cannot write beside {str(target)!r}: {error.strerror}.", "Choose another folder."
+        ) from error
+    try:
+        stage.chmod(0o755)  # mkdtemp's 0o700 would keep other users from reading the bundle
+        yield stage
+        _replace(stage, target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise ExportError(
+            f"Writing {str(target)!r} failed: {error.strerror}; nothing was left behind.",
+            "Free some disk space, or choose another folder.",
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that would destroy something, before any work."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ArgumentError(
+            "output", "a folder that does not exist or is empty", str(target), "Or overwrite it."
+        )
+    if not (target / MANIFEST_NAME).is_file():
+        raise ArgumentError(
+            "output", "a bundle, where it is to be overwritten", str(target), "Remove it yourself."
+        )
+
+
+def _replace(stage: Path, target: Path) -> None:
+    """Put the stage in the target's place; an old bundle stays whole until then."""
+    if not target.exists():
+        stage.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, old / target.name)
+    try:
+        stage.rename(target)
+    except BaseException:
+        os.replace(old / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
