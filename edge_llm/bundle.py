@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_llm.errors import BundleNotFoundError, IntegrityError, ManifestError
+from edge_llm.errors import BundleError, BundleNotFoundError, IntegrityError, ManifestError
 from edge_llm.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["Bundle", "sha256_file"]
@@ -43,6 +43,7 @@ class Bundle:
 
         Raises:
             BundleNotFoundError: No folder, or no manifest in it.
+            BundleError: The manifest may not be read.
             ManifestError: The manifest breaks its schema.
             UnsupportedFormatError: The bundle needs a newer runtime.
             IntegrityError: A file is missing or altered.
@@ -62,6 +63,10 @@ class Bundle:
             ) from error
         except UnicodeDecodeError as error:
             raise ManifestError(f"{MANIFEST_NAME} is not UTF-8.", "Export again.") from error
+        except OSError as error:
+            raise BundleError(
+                f"{MANIFEST_NAME} in {str(folder)!r} cannot be read: {error.strerror}."
+            ) from error
         bundle = cls(folder, Manifest.from_json(text))
         bundle._check_files(verify=verify, on_file=on_file)
         return bundle

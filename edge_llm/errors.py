@@ -26,6 +26,8 @@
 
 from __future__ import annotations
 
+import errno
+
 __all__ = [
     "ArgumentError",
     "BundleError",
@@ -119,6 +121,10 @@ class BundleError(EdgeLLMError):
 
 class BundleNotFoundError(BundleError, FileNotFoundError):
     """There is no bundle at the path."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.errno, self.strerror = errno.ENOENT, message  # OSError took them from its arguments
 
 
 class ManifestError(BundleError):

@@ -93,6 +93,7 @@ class LLM:
             bos=tokens.bos,
             eos=tokens.eos,
             add_bos=tokens.add_bos,
+            vocab=dims.vocab,
         )
         self._templates = {
             name: bundle.file(file).read_text(encoding="utf-8")
@@ -156,7 +157,7 @@ class LLM:
             ChatTemplateError: The bundle has no such template, or it refuses the messages.
         """
         tokens = self.apply_chat_template(messages, tools=tools, template=template)
-        return self._complete(tokens, options)
+        return self._complete(self._prompt_tokens(tokens), options)
 
     def stream_chat(
         self,
@@ -168,7 +169,7 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Answer the last message of a conversation piece by piece; see :meth:`chat`."""
         tokens = self.apply_chat_template(messages, tools=tools, template=template)
-        return self._stream(tokens, options)
+        return self._stream(self._prompt_tokens(tokens), options)
 
     def apply_chat_template(
         self,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -39,6 +41,7 @@ FORMAT = "1.0"
 MANIFEST_NAME = "manifest.json"
 LAYOUTS = ("edge_llm.v1",)
 STATE_KINDS = ("kv", "window")
+STATE_DTYPES = ("float32", "float16", "int8", "uint8")
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
 T = TypeVar("T")
@@ -74,6 +77,13 @@ class Dims:
     vocab: int
     context: int
     parameters: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ManifestError(
+                    f"dims.{name} must be at least 1, got {getattr(self, name)}.", _EXPORT_AGAIN
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,8 +242,13 @@ class Manifest:
             ManifestError: It is not JSON, or a key is missing, unknown or of the wrong type.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_finite,
+                parse_float=_finite,
+            )
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}.", _EXPORT_AGAIN) from error
         if not isinstance(data, dict):
             raise ManifestError(f"{MANIFEST_NAME} must be a JSON object.", _EXPORT_AGAIN)
@@ -242,25 +257,43 @@ class Manifest:
 
     def to_json(self) -> str:
         """Write the manifest as indented JSON that ends in a newline."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        content = dataclasses.asdict(self)
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 _EXPORT_AGAIN = "Export the bundle again."
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ in which of two equal keys they take, so none is taken."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return content
+
+
+def _finite(text: str) -> float:
+    """A JSON number; Python would also take NaN, Infinity and 1e999, which are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
 def _check_version(data: Mapping[str, Any]) -> None:
     version = data.get("format")
-    parts = version.split(".") if isinstance(version, str) else []
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise ManifestError(f'format must be "major.minor", got {version!r}.', _EXPORT_AGAIN)
-    if int(parts[0]) != int(FORMAT.split(".")[0]):
+    major, known = (int(one.split(".")[0]) for one in (version, FORMAT))
+    if major != known:
         raise UnsupportedFormatError(
             f"The bundle has format {version}; this runtime reads format {FORMAT}.",
-            "Upgrade edge-llm." if int(parts[0]) > int(FORMAT.split(".")[0]) else _EXPORT_AGAIN,
+            "Upgrade edge-llm." if major > known else _EXPORT_AGAIN,
         )
     requires = data.get("requires", [])
     for name in requires if isinstance(requires, list) else []:
-        if name not in KNOWN_FEATURES:
+        if isinstance(name, str) and name not in KNOWN_FEATURES:
             raise UnsupportedFormatError(
                 f"The bundle requires {name!r}, which this runtime does not know.",
                 "Upgrade edge-llm.",
@@ -273,11 +306,25 @@ def _check_state(state: StateTensor, where: str) -> None:
             f"{where}.kind must be one of {', '.join(STATE_KINDS)}, got {state.kind!r}.",
             "Upgrade edge-llm.",
         )
-    axes = {"batch_axis": state.batch_axis, "sequence_axis": state.sequence_axis}
-    for key, axis in axes.items():
-        if not 0 <= axis < len(state.shape):
+    if state.dtype not in STATE_DTYPES:
+        raise UnsupportedFormatError(
+            f"{where}.dtype must be one of {', '.join(STATE_DTYPES)}, got {state.dtype!r}.",
+            "Upgrade edge-llm.",
+        )
+    axes = {"batch": ("batch_axis", state.batch_axis)}
+    axes["capacity"] = ("sequence_axis", state.sequence_axis)
+    for size, (key, axis) in axes.items():
+        if not 0 <= axis < len(state.shape) or state.shape[axis] != size:
             raise ManifestError(
-                f"{where}.{key} must be an axis of {list(state.shape)}, got {axis}.", _EXPORT_AGAIN
+                f'{where}.{key} must be the axis of "{size}" in {list(state.shape)}, got {axis}.',
+                _EXPORT_AGAIN,
+            )
+    for length in state.shape:
+        if length not in axes and (isinstance(length, str) or length < 1):
+            raise ManifestError(
+                f'{where}.shape must hold "batch", "capacity" and integers of at least 1, got '
+                f"{length!r}.",
+                _EXPORT_AGAIN,
             )
 
 
@@ -320,7 +367,9 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return {key: _value(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
     elif origin is None and _plain(hint, value):
         return value
-    shown = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    shown = {tuple: "a list", Mapping: "an object"}.get(origin) or getattr(
+        hint, "__name__", str(hint)
+    )
     raise ManifestError(f"{where} must be {shown}, got {value!r}.", _EXPORT_AGAIN)
 
 

@@ -1,8 +1,8 @@
 """From a Hugging Face checkpoint to a verified bundle; imported as edge_llm_export.
 
-    from edge_llm_export import export_model
+from edge_llm_export import export_model
 
-    export_model("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-int4", quantize="int4")
+export_model("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-int4", quantize="int4")
 """
 
 from __future__ import annotations

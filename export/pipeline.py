@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,15 @@ def export_model(
         writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
         chat = _write_texts(writer, files)
         manifest = _manifest(
-            checkpoint, spec, files, decoder, storage, chat, writer, context, name=target.name
+            checkpoint,
+            spec,
+            files,
+            decoder,
+            storage,
+            chat,
+            writer,
+            context,
+            name=checkpoint.path.resolve().name,
         )
         writer.write_manifest(manifest)
         report("verifying", 0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_llm.errors import ArgumentError, ExportError
+from edge_llm.errors import ArgumentError, BundleError, ExportError
 from edge_llm.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 from .graph.decoder import GRAPH_FILE
@@ -51,7 +50,7 @@ class BundleWriter:
                     offsets[info.name] = stream.position
                     for array in rows:
                         assert array.dtype == info.dtype, info.name
-                        stream.write(memoryview(array).cast("B"))
+                        stream.write(array.data.cast("B"))
                         on_bytes(array.nbytes)
                     assert stream.position - offsets[info.name] == info.size, info.name
         model = graph.model(DATA_FILE, offsets, producer)
@@ -135,10 +134,13 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise ArgumentError(
             "output", "a folder that does not exist or is empty", str(target), "Or overwrite it."
         )
-    if not (target / MANIFEST_NAME).is_file():
+    try:
+        # Other things keep a manifest.json too, so its name alone does not make it a bundle's.
+        Manifest.from_json((target / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, BundleError) as error:
         raise ArgumentError(
             "output", "a bundle, where it is to be overwritten", str(target), "Remove it yourself."
-        )
+        ) from error
 
 
 def _replace(stage: Path, target: Path) -> None:
@@ -147,11 +149,12 @@ def _replace(stage: Path, target: Path) -> None:
         stage.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old / target.name)
     try:
-        stage.rename(target)
-    except BaseException:
-        os.replace(old / target.name, target)
-        raise
+        target.replace(old / target.name)
+        try:
+            stage.rename(target)
+        except BaseException:
+            (old / target.name).replace(target)
+            raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -12,8 +12,9 @@ from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from edge_llm import LLM
     from transformers import LlamaForCausalLM
+
+    from edge_llm import LLM
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 

@@ -173,11 +173,23 @@ def _head(logits: Logits, maxima: Logits, count: int) -> NDArray[np.intp]:
     leaves few to sort.
     """
     if count >= logits.size:
-        return np.argsort(-logits, kind="stable")
+        return _descending(logits)
     source = maxima if count <= maxima.size else logits
     threshold = np.partition(source, source.size - count)[source.size - count]
     ids = np.flatnonzero(logits >= threshold)
-    return ids[np.argsort(-logits[ids], kind="stable")]
+    return ids[_descending(logits[ids])]
+
+
+def _descending(logits: Logits) -> NDArray[np.intp]:
+    """The positions by falling logit, the lower first among equals."""
+    if logits.size < 4096:
+        return np.argsort(-logits, kind="stable")
+    # numpy sorts 16-bit integers by radix: two passes over keys that rise as the logits fall.
+    bits = (logits + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
+    keys = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    low = np.argsort(keys.astype(np.uint16), kind="stable")
+    high = (keys >> 16).astype(np.uint16)
+    return low[np.argsort(high[low], kind="stable")]
 
 
 def _require_finite(top: np.float32) -> None:

@@ -39,15 +39,15 @@ class ChunkPlanner:
         chunk = min(self._tokens, remaining)
         if remaining - chunk == 1:
             chunk += 1 if chunk < self._widest else -1
-        return chunk
+        return max(1, chunk)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn what a chunk took; tiny chunks tell too little of large ones to be heard."""
-        if tokens * 4 < self._tokens or seconds <= 0:
+        """Learn what a chunk took; tiny chunks tell too little of large ones, unless slow."""
+        if seconds <= 0 or (tokens * 4 < self._tokens and seconds < TARGET_SECONDS):
             return
         wanted = tokens * TARGET_SECONDS / seconds
         # At most doubling guards against a lucky measurement; shrinking is immediate.
         self._tokens = self._bounded(int(min(wanted, self._tokens * 2)))
 
     def _bounded(self, tokens: int) -> int:
-        return max(2, min(tokens, self._widest))
+        return min(max(2, tokens), self._widest)

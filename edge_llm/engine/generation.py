@@ -164,10 +164,8 @@ class Generation(Job):
 
     def _end(self, reason: FinishReason) -> None:
         if self._stops.matched is None:
-            self._text.append(self._stops.decode(self._detokenizer.flush()))
-            self._text.append(self._stops.flush())
-            if self._stops.matched is not None and reason == "length":
-                reason = "stop"
+            # The last bytes may complete a stop string; what was held back is text after all.
+            self._text += [self._stops.decode(self._detokenizer.flush()), self._stops.flush()]
         self.put(
             Chunk(
                 text="".join(self._text),

@@ -6,11 +6,11 @@ import collections
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from edge_llm.engine.job import Job
 from edge_llm.engine.slot import Slot
-from edge_llm.errors import ClosedError, ForkError
+from edge_llm.errors import ArgumentError, ClosedError, ForkError
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
 __all__ = ["Engine"]
@@ -35,27 +35,33 @@ class Engine:
         self._pid = os.getpid()
         self._waiting: collections.deque[Job] = collections.deque()
         self._current: Job | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
 
-    def execute(self, job: Job) -> Iterator[object]:
+    def execute(self, job: Job) -> Generator[object, None, None]:
         """Queue a job and give its results as they come; leaving early ends the job.
 
         Raises:
             ClosedError: The engine was closed.
             ForkError: This process was forked from the one that loaded the model.
         """
-        self._submit(job)
         try:
+            self._submit(job)
             yield from job.results(lambda: self._interrupt(job))
         finally:
             job.abandon()
             self._interrupt(job)
 
     def check_usable(self) -> None:
-        """Refuse work that could only hang: after close(), or in a forked child."""
-        if self._closed:
+        """Refuse work that could only hang.
+
+        Raises:
+            ClosedError: The engine was closed.
+            ForkError: This process was forked from the one that loaded the model.
+            ArgumentError: A function of the caller's that runs inside a request asks for another.
+        """
+        if self._closed.is_set():
             raise ClosedError("The model is closed.", "Load it again with LLM(path).")
         if os.getpid() != self._pid:
             raise ForkError(
@@ -64,16 +70,24 @@ class Engine:
                 "Load the model in the child, or start children with "
                 'multiprocessing.get_context("spawn").',
             )
+        if threading.current_thread() is self._thread:
+            raise ArgumentError(
+                "logits_hook",
+                "a function that does not ask the model which is waiting for it",
+                self._current,
+                "Load a second model for it.",
+            )
 
     def close(self) -> None:
         """End all jobs and the thread; may be called again, and from any thread."""
         if os.getpid() != self._pid:
             return
         with self._changed:
-            self._closed = True
-            for job in self._waiting:
-                job.finish(ClosedError("The model was closed while the request waited."))
-            self._waiting.clear()
+            self._closed.set()
+            while self._waiting:
+                self._waiting.popleft().finish(
+                    ClosedError("The model was closed while the request waited.")
+                )
             if self._current is not None:
                 self._current.abandon()
                 self._interrupt(self._current)
@@ -84,6 +98,7 @@ class Engine:
         self._decoder = self._slot = None  # frees the weights and the cache
 
     def _submit(self, job: Job) -> None:
+        self.check_usable()  # in a forked child the lock may never be released
         with self._changed:
             self.check_usable()
             if self._thread is None:
@@ -114,9 +129,9 @@ class Engine:
         assert slot is not None
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
+                while not self._waiting and not self._closed.is_set():
                     self._changed.wait()
-                if self._closed:
+                if self._closed.is_set():
                     return
                 job = self._current = self._waiting.popleft()
                 decoder.resume()
@@ -132,7 +147,7 @@ class Engine:
                 error = failure
             with self._changed:
                 self._current = None
-                if error is None and self._closed:
+                if error is None and self._closed.is_set():
                     error = ClosedError("The model was closed during the request.")
             job.finish(error)
             del job, error

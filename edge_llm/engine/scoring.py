@@ -88,4 +88,5 @@ def log_probabilities(
     highest = logits.max(axis=1, keepdims=True)
     sums = np.exp(logits - highest).sum(axis=1, dtype=np.float64)
     chosen = np.take_along_axis(logits, targets[:, None], axis=1)
-    return (chosen - highest)[:, 0].astype(np.float64) - np.log(sums)
+    scores: NDArray[np.float64] = (chosen - highest)[:, 0] - np.log(sums)
+    return scores

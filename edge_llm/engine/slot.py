@@ -82,4 +82,5 @@ class Slot:
             self._planner.observe(chunk, time.perf_counter() - started)
             done += chunk
             if last:
-                return logits[0]
+                row: NDArray[np.float32] = logits[0]
+                return row

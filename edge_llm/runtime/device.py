@@ -23,6 +23,11 @@ __all__ = [
     "usable_cores",
 ]
 
+# Where Linux tells; tests put a tree of their own here.
+PROC = Path("/proc")
+SYS = Path("/sys")
+LIB = Path("/lib")
+
 # Instruction sets that decide which of ONNX Runtime's kernels run.
 FEATURES = ("avx2", "avx_vnni", "avx512_vnni", "avx512f", "asimddp", "i8mm", "sve")
 
@@ -46,7 +51,7 @@ def check_platform() -> None:
 
 
 def _is_musl() -> bool:
-    return platform.libc_ver()[0] != "glibc" and any(Path("/lib").glob("ld-musl-*"))
+    return platform.libc_ver()[0] != "glibc" and any(LIB.glob("ld-musl-*"))
 
 
 def usable_cores() -> int:
@@ -62,35 +67,32 @@ def usable_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    text = _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"))
-    return text if text is not None else str(cpu)
+    return _read(SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
 
 
 def _cgroup_cpu_quota() -> float | None:
     """Cores' worth of CPU time that the control groups around this process allow."""
     quotas = []
     for folder in _cgroup_folders("cpu"):
-        both = (_read(folder / "cpu.max") or "").split()
+        both = (_read(folder / "cpu.max") or "").split()  # version 2: "max 100000"
         if len(both) != 2:
-            both = [
-                _read(folder / "cpu.cfs_quota_us") or "max",
-                _read(folder / "cpu.cfs_period_us") or "0",
-            ]
-        quota, period = both
-        if quota not in ("max", "-1") and int(period) > 0:
-            quotas.append(int(quota) / int(period))
+            both = [_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+        quota, period = map(_count, both)
+        if quota and period:  # no limit is "max" in version 2 and -1 in version 1
+            quotas.append(quota / period)
     return min(quotas, default=None)
 
 
 def _cgroup_folders(controller: str) -> list[Path]:
     """This process's control group and those around it, innermost first (cgroup v2 and v1)."""
     folders: list[Path] = []
-    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in (_read(PROC / "self/cgroup") or "").splitlines():
+        _, _, controllers_and_path = line.partition(":")
+        controllers, _, path = controllers_and_path.partition(":")
         if controllers == "":
-            root = Path("/sys/fs/cgroup")
+            root = SYS / "fs/cgroup"
         elif controller in controllers.split(","):
-            root = Path("/sys/fs/cgroup") / controller
+            root = SYS / "fs/cgroup" / controller
         else:
             continue
         inner = root / path.lstrip("/")
@@ -100,26 +102,26 @@ def _cgroup_folders(controller: str) -> list[Path]:
 
 def available_memory() -> int | None:
     """Bytes that can still be allocated: what the system has left, or the control group."""
-    limits = []
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
+    system = _fields(PROC / "meminfo").get("MemAvailable")
+    limits = [] if system is None else [system * 1024]
     for folder in _cgroup_folders("memory"):
-        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
-        if limit and used and limit != "max":
-            limits.append(max(0, int(limit) - int(used)))
+        for limit_file, used_file, cache_field in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _count(_read(folder / limit_file)), _count(_read(folder / used_file))
+            if limit is not None and used is not None:
+                # Cached files count as used, and are dropped as soon as memory is asked for.
+                cache = _fields(folder / "memory.stat").get(cache_field, 0)
+                limits.append(max(0, limit - max(0, used - cache)))
     return min(limits, default=None)
 
 
 def resident_memory() -> dict[str, int]:
     """Bytes resident now, by kind: "total", "anonymous" and "file" (empty where not told)."""
-    fields = {"VmRSS": "total", "RssAnon": "anonymous", "RssFile": "file"}
-    found = {}
-    for line in (_read(Path("/proc/self/status")) or "").splitlines():
-        name, _, value = line.partition(":")
-        if name in fields:
-            found[fields[name]] = int(value.split()[0]) * 1024
-    return found
+    kinds = {"VmRSS": "total", "RssAnon": "anonymous", "RssFile": "file"}
+    told = _fields(PROC / "self/status")
+    return {kind: told[name] * 1024 for name, kind in kinds.items() if name in told}
 
 
 def peak_memory() -> int | None:
@@ -134,17 +136,17 @@ def peak_memory() -> int | None:
 
 def cpu_name() -> str:
     """What the processor calls itself."""
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (_read(PROC / "cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Model", "Hardware"):
             return value.strip()
-    model = _read(Path("/proc/device-tree/model"))
+    model = _read(PROC / "device-tree/model")
     return model.rstrip("\0") if model else platform.processor() or platform.machine()
 
 
 def cpu_features() -> tuple[str, ...]:
     """The instruction sets among :data:`FEATURES` that the system reports."""
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (_read(PROC / "cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             present = set(value.split())
@@ -158,13 +160,12 @@ def throttle_events() -> int | None:
     x86 counts events per core; a Raspberry Pi's firmware gives a bit field, whose bits 1 to 3 and
     17 to 19 say that the frequency is or was capped.
     """
-    firmware = _read(Path("/sys/devices/platform/soc/soc:firmware/get_throttled"))
-    if firmware is not None:
-        return (int(firmware, 16) & 0xE000E).bit_count()
-    cpus = Path("/sys/devices/system/cpu")
-    counts = [_read(file) for file in cpus.glob("cpu*/thermal_throttle/core_throttle_count")]
-    known = [int(count) for count in counts if count is not None]
-    return sum(known) if known else None
+    flags = _count(_read(SYS / "devices/platform/soc/soc:firmware/get_throttled"), base=16)
+    if flags is not None:
+        return (flags & 0xE000E).bit_count()
+    cores = (SYS / "devices/system/cpu").glob("cpu*/thermal_throttle/core_throttle_count")
+    counts = [count for core in cores if (count := _count(_read(core))) is not None]
+    return sum(counts) if counts else None
 
 
 def _read(path: Path) -> str | None:
@@ -173,3 +174,19 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError:
         return None
+
+
+def _count(text: str | None, *, base: int = 10) -> int | None:
+    """A number that is not negative; None where a system tells anything else."""
+    try:
+        number = int(text or "", base)
+    except ValueError:
+        return None
+    return number if number >= 0 else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a table whose lines are a name, perhaps a colon, and a number."""
+    lines = [line.split() for line in (_read(path) or "").splitlines()]
+    pairs = [(words[0].rstrip(":"), _count(words[1])) for words in lines if len(words) > 1]
+    return {name: number for name, number in pairs if number is not None}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.errors import UnsupportedFormatError
 from edge_llm.manifest import StateTensor
 
 __all__ = ["KVCache", "state_bytes"]
@@ -22,9 +23,19 @@ class KVCache:
         state: The decoder's state, as the manifest lists it.
         rows: Sequences that are held at once.
         capacity: Most tokens of a row.
+
+    Raises:
+        UnsupportedFormatError: A tensor is not a shared buffer that grows a row a token.
     """
 
     def __init__(self, state: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
+        for one in state:
+            if one.kind != "kv" or not one.shared:
+                raise UnsupportedFormatError(
+                    f"The state {one.input!r} is of kind {one.kind!r}, shared {one.shared}; this "
+                    "runtime holds the kind 'kv' in shared buffers only.",
+                    "Upgrade edge-llm.",
+                )
         self.rows = rows
         self.capacity = capacity
         self.lengths = np.zeros(rows, np.int32)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
+import re
 import sys
 import types
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_llm.errors import ArgumentError, PlatformError, RuntimeFailure, TelemetryWarning
 from edge_llm.runtime.device import check_platform, usable_cores
@@ -40,20 +42,19 @@ def import_onnxruntime() -> types.ModuleType:
     if "onnxruntime" in sys.modules and os.environ.get("ORT_DISABLE_TELEMETRY") != "1":
         warnings.warn(
             "onnxruntime was imported before edge_llm loaded a model, so its telemetry is on: it "
-            "has started threads, writes to the home directory and may open connections. Import "
-            "edge_llm.runtime.session first, or set ORT_DISABLE_TELEMETRY=1.",
+            "has started threads, writes to the home directory and may open connections. Load the "
+            "model before that import, or set ORT_DISABLE_TELEMETRY=1 before Python starts.",
             TelemetryWarning,
             stacklevel=2,
         )
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise PlatformError(
             f"onnxruntime cannot be imported: {error}.",
             "Install it with `pip install 'onnxruntime>=1.32'`.",
         ) from error
-    return onnxruntime
 
 
 def resolve_threads(threads: int | None) -> int:
@@ -120,9 +121,6 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "1.32.0rc1" gives (1, 32)."""
-    numbers: list[Any] = []
-    for part in text.split(".")[:2]:
-        digits = "".join(char for char in part if char.isdigit())
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
+    """Major and minor of a version: "1.32.0" and "1.32rc1" give (1, 32)."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", text)
+    return tuple(int(number or 0) for number in numbers.groups()) if numbers else (0, 0)

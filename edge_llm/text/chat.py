@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import jinja2
 
 __all__ = ["ChatTemplate", "Message", "encode_chat"]
+
+_NAMES = ("role", "type")
 
 Message = Mapping[str, Any]
 """A `role`, its `content` (text, a list of parts, or None) and whatever else the template reads."""
@@ -74,8 +77,8 @@ class ChatTemplate:
                     "documents": None,
                     **self._variables,
                     **variables,
-                    "messages": messages,
-                    "tools": tools,
+                    "messages": list(messages),
+                    "tools": None if tools is None else list(tools),
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
@@ -146,6 +149,86 @@ def encode_chat(
     return out
 
 
+def _check(messages: Any, tools: Any) -> None:
+    for name, values in (("messages", messages), ("tools", tools)):
+        if name == "tools" and values is None:
+            continue
+        listed = isinstance(values, Sequence) and not isinstance(values, str)
+        if not listed or not all(isinstance(value, Mapping) for value in values):
+            raise ArgumentError(name, "a list of mappings", values)
+    if not messages:
+        raise ArgumentError("messages", "a list of at least one message", messages)
+    for index, message in enumerate(messages):
+        if not isinstance(role := message.get("role"), str):
+            raise ArgumentError(f"messages[{index}]['role']", "a string", role)
+        content = message.get("content")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            domain = "a string, a list of parts, or None"
+            raise ArgumentError(f"messages[{index}]['content']", domain, content)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ChatTemplateError(f"The chat template is no Jinja template: {error}.") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """The sandbox, with the filters and globals that transformers gives to templates.
+
+    Source: transformers.utils.chat_template_utils, `_compile_jinja_template`.
+    """
+    # Here and not above: a model that only completes text does without jinja2's import time.
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what a model wrote, for training; here it only groups."""
+
+        tags = {"generation"}  # noqa: RUF012 - the attribute that jinja2 reads
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_body")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
 class _Masks:
     """Puts stand-ins, characters of private use, in the place of others, and takes them back.
 
@@ -179,13 +262,13 @@ class _Masks:
                 text = text.replace(repr(stand_in)[1:-1], original)
         return text
 
-    def _map(self, value: Any, mask: Callable[[str], str], name: str = "") -> Any:
-        """Masks every string; roles, types and keys that are mere identifiers stay."""
+    def _map(self, value: Any, mask: Callable[[str], str], *, name: bool = False) -> Any:
+        """Masks every string, except that a name that is a mere identifier stays."""
         if isinstance(value, str):
-            return value if name in ("role", "type") and value.isidentifier() else mask(value)
+            return value if name and value.isidentifier() else mask(value)
         if isinstance(value, Mapping):
             return {
-                self._map(key, mask, "role"): self._map(item, mask, str(key))
+                self._map(key, mask, name=True): self._map(item, mask, name=key in _NAMES)
                 for key, item in value.items()
             }
         if isinstance(value, (list, tuple)):
@@ -193,8 +276,8 @@ class _Masks:
         return value
 
     def _control(self, text: str) -> str:
-        starts = self._spellings.starts
-        masked = "".join(self._stand_in(c) if _fold(c)[:1] in starts else c for c in text)
+        starts = [c for c in set(text) if not self._spellings.starts.isdisjoint(_fold(c))]
+        masked = text.translate({ord(c): self._stand_in(c) for c in starts})
         return self._edges(masked, self._spellings.control)
 
     def _special(self, text: str) -> str:
@@ -221,10 +304,11 @@ class _Masks:
         if not inner:
             return text
         first, last = text.index(inner[0]), text.rindex(inner[-1])
-        sizes = range(1, self._spellings.longest)
-        if any(f"{_fold(inner[:n])}\n\n" in spelled for n in sizes):
+        known = self._spellings
+        head, tail = _fold(inner[: known.longest]), _fold(inner[-known.longest :])
+        if any(c in known.ends and f"{head[:n]}\0" in spelled for n, c in enumerate(head, 1)):
             text = self._masked_at(text, first)
-        if any(f"\n\n{_fold(inner[-n:])}" in spelled for n in sizes):
+        if any(c in known.starts and f"\0{tail[n:]}" in spelled for n, c in enumerate(tail)):
             text = self._masked_at(text, last)
         return text
 
@@ -243,3 +327,61 @@ class _Masks:
             self._stand_ins[character] = chr(self._next)
             self._next += 1
         return self._stand_ins[character]
+
+
+@dataclass(frozen=True, slots=True)
+class _Spellings:
+    """The control tokens' texts, folded.
+
+    Attributes:
+        starts: The characters that any of them begins with, white space aside.
+        ends: The same for their ends.
+        control: All of them, between zero characters.
+        special: Those marked special.
+        longest: The most characters of one.
+    """
+
+    starts: frozenset[str]
+    ends: frozenset[str]
+    control: str
+    special: str
+    longest: int
+
+
+_SPELLINGS: WeakKeyDictionary[Tokenizer, _Spellings] = WeakKeyDictionary()
+
+
+def _spellings(tokenizer: Tokenizer) -> _Spellings:
+    if tokenizer not in _SPELLINGS:
+        added = tokenizer.control_tokens.values()
+        folded = [_fold(token.content).strip() for token in added]
+        special = [_fold(token.content).strip() for token in added if token.special]
+        _SPELLINGS[tokenizer] = _Spellings(
+            starts=frozenset(spelling[0] for spelling in folded if spelling),
+            ends=frozenset(spelling[-1] for spelling in folded if spelling),
+            control="\0".join(["", *folded, ""]),
+            special="\0".join(["", *special, ""]),
+            longest=max(map(len, folded), default=0),
+        )
+    return _SPELLINGS[tokenizer]
+
+
+def _fold(text: str) -> str:
+    """Text with the distinctions gone that normalizers of tokenizers ignore.
+
+    Folding more than a tokenizer does only masks more than there would be need for.
+    """
+    decomposed = unicodedata.normalize("NFKD", text.replace("▁", " ")).casefold()
+    return "".join(c for c in decomposed if not unicodedata.combining(c))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -29,13 +29,17 @@ class Tokenizer:
         bos: The id of the beginning-of-sequence token, if the model has one.
         eos: The ids that end an answer.
         add_bos: Whether BOS goes in front of a text.
+        vocab: Rows of the model's logits. Many models have more than the tokenizer has tokens; the
+            ids in between stand for no text.
 
     Raises:
         ArgumentError: `bos` or `eos` is no id of this tokenizer, or `add_bos` lacks a `bos`.
         IntegrityError: The source is no tokenizer.json.
     """
 
-    def __init__(self, source: str, *, bos: int | None, eos: Sequence[int], add_bos: bool) -> None:
+    def __init__(
+        self, source: str, *, bos: int | None, eos: Sequence[int], add_bos: bool, vocab: int = 0
+    ) -> None:
         try:
             self._full = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises nothing narrower
@@ -43,8 +47,8 @@ class Tokenizer:
         self._full.no_truncation()
         self._full.no_padding()
         ids = self._full.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = max(ids, default=-1) + 1
-        """One more than the highest id; the model's logits may have more rows than that."""
+        self.vocab_size: int = max(max(ids, default=-1) + 1, vocab)
+        """One more than the highest id."""
         self.added_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
             self._full.get_added_tokens_decoder()
         )
@@ -57,15 +61,22 @@ class Tokenizer:
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, bos: int | None, eos: Sequence[int], add_bos: bool
+        cls,
+        path: str | Path,
+        *,
+        bos: int | None,
+        eos: Sequence[int],
+        add_bos: bool,
+        vocab: int = 0,
     ) -> Tokenizer:
         """Reads a tokenizer.json.
 
         Args:
             path: The file.
-            bos: As for the class, like the next two.
+            bos: As for the class, like the next three.
             eos: See there.
             add_bos: See there.
+            vocab: See there.
 
         Raises:
             ArgumentError: As for the class.
@@ -75,7 +86,7 @@ class Tokenizer:
             source = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.") from error
-        return cls(source, bos=bos, eos=eos, add_bos=add_bos)
+        return cls(source, bos=bos, eos=eos, add_bos=add_bos, vocab=vocab)
 
     @cached_property
     def control_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
@@ -131,10 +142,10 @@ class Tokenizer:
             ArgumentError: Like `encode`.
         """
         front = self._sentinel if continues else ""
-        encoding = self._encode(self._plain, front + text)
+        encoding = self._encode(self._plain, text, front)
         if any(self.is_control(i, front + text, s) for i, s in _pairs(encoding)):
             # A vocabulary that holds the control token's text as an ordinary piece.
-            encoding = self._encode(self._purged, front + text)
+            encoding = self._encode(self._purged, text, front)
         ids = [self._plain_ids.get(i, i) for i in encoding.ids[len(front) > 0 :]]
         return self._bos(add_bos) + ids
 
@@ -152,11 +163,13 @@ class Tokenizer:
         if added is None:
             return False
         surface, content = text[slice(*span)], added.content.strip()
-        if added.normalized and (normalizer := self._full.normalizer) is not None:
-            surface, content = normalizer.normalize_str(surface), normalizer.normalize_str(content)
-        return content.strip() in surface
+        if content in surface or self._full.normalizer is None:
+            return content in surface
+        # A normalized added token, or a vocabulary whose own piece normalized text spells.
+        normalize = self._full.normalizer.normalize_str
+        return normalize(content).strip() in normalize(surface)
 
-    def decode(self, tokens: Sequence[SupportsIndex], *, skip_special: bool = True) -> str:
+    def decode(self, tokens: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """The text of ids.
 
         Args:
@@ -211,9 +224,9 @@ class Tokenizer:
         return index
 
     @staticmethod
-    def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    def _encode(tokenizer: tokenizers.Tokenizer, text: str, front: str = "") -> tokenizers.Encoding:
         try:
-            return tokenizer.encode(text, add_special_tokens=False)
+            return tokenizer.encode(front + text, add_special_tokens=False)
         except TypeError:
             domain = "a string without lone surrogates (text that UTF-8 can hold)"
             raise ArgumentError("text", domain, text) from None

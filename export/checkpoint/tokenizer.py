@@ -40,6 +40,7 @@ _FAMILIES = {
     "CodeLlama": _LLAMA,
     "Gemma": _Family("<bos>", "<eos>", "<unk>", "<pad>", add_bos=True),
     "Cohere": _Family("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<UNK>", add_bos=True),
+    "Bloom": _Family("<s>", "</s>", "<unk>", "<pad>"),
     "GPT2": _GPT2,
     "CodeGen": _GPT2,
     "GPTNeoX": _Family("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", add_bos=False),
@@ -51,29 +52,24 @@ _BY_MODEL_TYPE = (
     | dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "Gemma")
     | dict.fromkeys(("gpt_neox", "olmo", "olmo2", "stablelm"), "GPTNeoX")
     | dict.fromkeys(("qwen2", "qwen3"), "Qwen2")
-    | {"cohere": "Cohere", "gpt2": "GPT2", "phi": "CodeGen", "starcoder2": "GPT2"}
+    | dict.fromkeys(("exaone4", "gpt2", "olmo3", "starcoder2"), "GPT2")
+    | {"bloom": "Bloom", "cohere": "Cohere", "cohere2": "Cohere", "phi": "CodeGen"}
 )
 
-# Generation settings that the runtime does not have, with the value at which each does nothing.
-_OFF_BY_ABSENCE = """
+# Generation settings that the runtime does not have, by the value at which each does nothing.
+_OFF_AT_NULL = """
     bad_words_ids begin_suppress_tokens constraints dola_layers exponential_decay_length_penalty
     force_words_ids forced_bos_token_id forced_decoder_ids forced_eos_token_id max_time
     sequence_bias stop_strings suppress_tokens watermarking_config"""
-_UNSUPPORTED: dict[str, object] = dict.fromkeys(_OFF_BY_ABSENCE.split()) | {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "penalty_alpha": 0.0,
-    "guidance_scale": 1.0,
-    "token_healing": False,
-}
+_OFF_AT_0 = """
+    epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size min_length
+    min_new_tokens penalty_alpha token_healing"""
+_OFF_AT_1 = "num_beams num_return_sequences typical_p encoder_repetition_penalty guidance_scale"
+_UNSUPPORTED: dict[str, int | None] = (
+    dict.fromkeys(_OFF_AT_NULL.split(), None)
+    | dict.fromkeys(_OFF_AT_0.split(), 0)
+    | dict.fromkeys(_OFF_AT_1.split(), 1)
+)
 _SAMPLERS = ("typical_p", "epsilon_cutoff", "eta_cutoff")  # do nothing where nothing is drawn
 _HONOURED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a number of at least 0", lambda value: value >= 0),
@@ -297,10 +293,9 @@ def _prefix(
                     "Set bos_token to the token's text, or add_bos_token to false.",
                 )
     if suffix or len(prefix) > 1:
-        where = "behind" if suffix else f"{prefix} in front of"
         raise CheckpointError(
-            f"The tokenizer puts {'a special token ' if suffix else ''}{where} every text; only "
-            "one token in front is supported.",
+            f"The tokenizer puts {'a token behind' if suffix else f'{prefix} in front of'} every "
+            "text; only one token in front is supported.",
             "Set add_eos_token to false in tokenizer_config.json, or repair the post_processor in "
             "tokenizer.json.",
         )
@@ -321,13 +316,10 @@ def _ids(name: str, *sources: Mapping[str, Any]) -> list[int]:
 
 
 def _eos(
-    tokenizer: Tokenizer,
-    generation: Mapping[str, Any],
-    config_json: Mapping[str, Any],
-    own: list[int],
+    tokenizer: Tokenizer, generation: Mapping[str, Any], config: Mapping[str, Any], own: list[int]
 ) -> tuple[int, ...]:
     """See :class:`TokenizerFiles`: fine-tunes often name the end of a turn in one file only."""
-    configured = _ids("eos_token_id", config_json)
+    configured = _ids("eos_token_id", config)
     stops = _ids("eos_token_id", generation) or configured
     added = tokenizer.get_added_tokens_decoder()
     return tuple(dict.fromkeys([*stops, *(item for item in [*configured, *own] if item in added)]))

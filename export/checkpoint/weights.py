@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,14 +43,16 @@ class _Tensor:
 
     Attributes:
         path: The file.
-        file: The same file, open.
+        file: The same file, open and unbuffered.
+        lock: Held while the file is read.
         offset: Position of the first byte in it.
         dtype: As safetensors names it.
         shape: Sizes of the axes.
     """
 
     path: Path
-    file: BinaryIO
+    file: io.FileIO
+    lock: threading.Lock
     offset: int
     dtype: str
     shape: tuple[int, ...]
@@ -229,7 +232,7 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, _Tensor]:
     try:
         with safe_open(path, framework="numpy"):
             pass
-        file = files.enter_context(path.open("rb"))
+        file = files.enter_context(path.open("rb", buffering=0))
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, dict[str, Any]] = json.loads(file.read(size))
     except FileNotFoundError as error:
@@ -241,9 +244,15 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, _Tensor]:
             f"{path} is not a whole safetensors file: {error}.", _FETCH_AGAIN
         ) from error
     header.pop("__metadata__", None)
+    lock = threading.Lock()
     return {
         name: _Tensor(
-            path, file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+            path,
+            file,
+            lock,
+            8 + size + entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
         )
         for name, entry in header.items()
     }
@@ -259,8 +268,11 @@ def _read(tensor: _Tensor, skip: int, shape: tuple[int, ...]) -> NDArray[np.floa
         target = flat[begin : begin + _CHUNK]
         chunk = target if buffer is None else buffer[: target.size]
         offset = tensor.offset + (skip + begin) * dtype.itemsize
-        # preadv has no position of its own, so that threads can share the file.
-        if os.preadv(tensor.file.fileno(), [chunk.view(np.uint8).data], offset) != chunk.nbytes:
+        # Threads share the file and its position. (Reads without one, preadv, Windows lacks.)
+        with tensor.lock:
+            tensor.file.seek(offset)
+            count = tensor.file.readinto(chunk.view(np.uint8).data)
+        if count != chunk.nbytes:
             raise CheckpointError(f"{tensor.path} was cut short during the export.", _FETCH_AGAIN)
         if buffer is not None:
             target[:] = chunk

@@ -12,7 +12,15 @@ from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
 from .linear import project
-from .matrices import CheckpointMatrix, MappedColumns, MappedRows, Matrix, Stacked, head_map
+from .matrices import (
+    CheckpointMatrix,
+    MappedColumns,
+    MappedRows,
+    Matrix,
+    Stacked,
+    head_map,
+    read_finite,
+)
 from .recorder import GraphRecorder
 
 __all__ = ["LayerBuilder"]
@@ -138,7 +146,7 @@ class LayerBuilder:
         return matrix if len(index) == matrix.shape[0] else MappedRows(matrix, index)
 
     def _bias(self, name: str, layer: int) -> NDArray[np.float32]:
-        return self.weights.read(f"{name.format(i=layer)}.bias")
+        return read_finite(self.weights, f"{name.format(i=layer)}.bias")
 
     def _gain(self, name: str) -> str:
-        return self.graph.constant(f"{name}.weight", self.weights.read(f"{name}.weight"))
+        return self.graph.constant(f"{name}.weight", read_finite(self.weights, f"{name}.weight"))

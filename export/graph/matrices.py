@@ -9,9 +9,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.errors import CheckpointError
+
 from ..checkpoint.weights import Weights
 
-__all__ = ["CheckpointMatrix", "MappedColumns", "MappedRows", "Matrix", "Stacked", "head_map"]
+__all__ = [
+    "CheckpointMatrix",
+    "MappedColumns",
+    "MappedRows",
+    "Matrix",
+    "Stacked",
+    "head_map",
+    "read_finite",
+]
 
 
 class Matrix(Protocol):
@@ -42,7 +52,25 @@ class CheckpointMatrix:
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop)."""
-        return self.weights.read(self.name, start, stop)
+        return read_finite(self.weights, self.name, start, stop)
+
+
+def read_finite(
+    weights: Weights, name: str, start: int | None = None, stop: int | None = None
+) -> NDArray[np.float32]:
+    """Rows [start, stop) of a tensor, none of them infinite or not a number.
+
+    Raises:
+        CheckpointError: One is; it would spread to every answer, or be rounded to nonsense.
+    """
+    rows = weights.read(name, start, stop)
+    if not np.isfinite(rows).all():
+        raise CheckpointError(
+            f"Tensor {name!r} holds weights that are infinite or not a number.",
+            "The training went wrong, or a conversion to float16 overflowed: use the checkpoint "
+            "in its original precision.",
+        )
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +93,8 @@ class Stacked:
             if low < high:
                 pieces.append(part.read(low, high))
             offset += rows
+        if not pieces:
+            return np.zeros((0, self.shape[1]), np.float32)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

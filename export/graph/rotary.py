@@ -19,12 +19,14 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float32]:
     transformers' ``_compute_llama3_parameters`` for "llama3".
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    powers = np.power(np.float32(rope.theta), exponents)
+    frequencies: NDArray[np.float32] = np.reciprocal(powers)
     if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        return _llama3(frequencies, rope)
-    assert rope.kind == "default", rope.kind
+        frequencies /= np.float32(rope.factor)
+    elif rope.kind == "llama3":
+        frequencies = _llama3(frequencies, rope)
+    else:
+        assert rope.kind == "default", rope.kind
     return frequencies
 
 
@@ -34,7 +36,8 @@ def _llama3(frequencies: NDArray[np.float32], rope: RopeConfig) -> NDArray[np.fl
     turns = rope.original_context / wavelengths
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0).astype(np.float32)
-    return (1 - blend) * frequencies / np.float32(rope.factor) + blend * frequencies
+    slowed = (1 - blend) * frequencies / np.float32(rope.factor)
+    return (slowed + blend * frequencies).astype(np.float32)
 
 
 def rotary_tables(

@@ -34,7 +34,9 @@ def pack(quantized: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Pack integers [..., block], each below ``2 ** bits``, into bytes [..., block * bits / 8]."""
     if bits == 8:
         return quantized
-    return quantized[..., 0::2] | (quantized[..., 1::2] << 4)
+    low, high = quantized[..., 0::2], quantized[..., 1::2]
+    packed: NDArray[np.uint8] = low | (high << np.uint8(4))
+    return packed
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -277,7 +277,7 @@ def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
     tensor = {"a": np.zeros(1, np.float32)}
     write_shards(tmp_path, {"m-1.safetensors": tensor, "m-2.safetensors": tensor})
     write_index(tmp_path, {"a": "m-1.safetensors", "b": "m-2.safetensors"})
-    with pytest.raises(CheckpointError, match="m-1.safetensors and m-2.safetensors both hold 'a'"):
+    with pytest.raises(CheckpointError, match="both hold 'a'"):
         Weights.open(tmp_path)
 
 

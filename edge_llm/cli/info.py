@@ -1,0 +1,186 @@
+"""``edge-llm info``: what a bundle is, and what it needs of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+from typing import TYPE_CHECKING, Any
+
+from edge_llm.cli.command import Command
+from edge_llm.cli.layout import Progress, megabytes, table
+from edge_llm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from edge_llm.bundle import Bundle
+    from edge_llm.manifest import Manifest
+
+__all__ = ["COMMAND"]
+
+CONTEXTS = (512, 1024, 2048, 4096)
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="contexts whose memory to show, in tokens (default: "
+        f"{', '.join(map(str, CONTEXTS))} and the longest)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of every file first"
+    )
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_llm.bundle import Bundle
+
+    progress = Progress()
+    bundle = Bundle.open(
+        arguments.bundle,
+        verify=arguments.verify,
+        on_file=lambda name: progress.show(f"verifying {name} ..."),
+    )
+    progress.show("")
+    memory = _memory(bundle, _contexts(bundle.manifest, arguments.context))
+    machine = _machine()
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "path": str(bundle.path),
+                    "size": bundle.size,
+                    "verified": arguments.verify,
+                    "manifest": dataclasses.asdict(bundle.manifest),
+                    "memory": memory,
+                    "machine": machine,
+                }
+            )
+        )
+        return 0
+    print(_describe_model(bundle.manifest))
+    print(f"\nFiles, {megabytes(bundle.size)}{' (verified)' if arguments.verify else ''}")
+    files = bundle.manifest.files
+    print(table(((name, megabytes(files[name].size)) for name in sorted(files)), indent="  "))
+    print(_describe_memory(memory))
+    print("\nThis machine")
+    print(_pairs(machine | {"memory_available": megabytes(machine["memory_available"])}))
+    return 0
+
+
+def _contexts(manifest: Manifest, wanted: list[int] | None) -> list[int]:
+    longest = manifest.dims.context
+    for context in wanted or ():
+        if not 1 <= context <= longest:
+            raise ArgumentError(
+                "context", f"from 1 to {longest} (what was exported)", context, "Export it longer."
+            )
+    return sorted(set(wanted or [n for n in CONTEXTS if n < longest] + [longest]))
+
+
+def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:
+    """Bytes: the weights in the file, their copy in ONNX Runtime, and a cache of each size."""
+    from edge_llm.runtime.kv_cache import state_bytes
+
+    decoder = bundle.manifest.decoder
+    # The graph's weights lie in the graph's own file and in those named after it.
+    weights = sum(
+        entry.size
+        for name, entry in bundle.manifest.files.items()
+        if name.startswith(decoder.graph)
+    )
+    return {
+        "weights_file": weights,
+        "weights_prepared_estimate": weights,
+        "cache": {
+            str(context): state_bytes(decoder.state, rows=1, capacity=context)
+            for context in contexts
+        },
+    }
+
+
+def _machine() -> dict[str, Any]:
+    from edge_llm.runtime import device
+
+    return {
+        "cpu": device.cpu_name(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cores": device.usable_cores(),
+        "features": list(device.cpu_features()),
+        "memory_available": device.available_memory(),
+    }
+
+
+def _describe_model(manifest: Manifest) -> str:
+    source, dims, tokens = manifest.source, manifest.dims, manifest.tokens
+    eos = ", ".join(map(str, tokens.eos)) or "none"
+    quality = [
+        f"{one.metric} on {one.data}: {one.value:g} (float32: {one.reference:g})"
+        for one in manifest.quality
+    ]
+    rows: dict[str, object] = {
+        "source": source.repo or "a local folder",
+        "revision": source.revision or "not told",
+        "licence": source.license or "not told",
+        "parameters": f"{dims.parameters / 1e6:,.1f} million",
+        "architecture": f"{source.architecture}, {dims.layers} layers of width {dims.hidden} "
+        f"(MLP {dims.intermediate})",
+        "attention": f"{dims.heads} heads of width {dims.head_dim}, {dims.kv_heads} of them with "
+        "keys and values of their own",
+        "vocabulary": f"{dims.vocab} tokens",
+        "quantization": _describe_quantization(manifest),
+        "context": f"{dims.context} tokens",
+        "tokens": f"BOS {'none' if tokens.bos is None else tokens.bos}"
+        f"{' (put in front)' if tokens.add_bos else ''}, EOS {eos}, "
+        f"PAD {'none' if tokens.pad is None else tokens.pad}",
+        "sampling": ", ".join(f"{k} {v:g}" for k, v in manifest.sampling.items()) or "greedy",
+        "chat templates": ", ".join(sorted(manifest.chat.templates)) or "none: a base model",
+        "quality": quality or "not measured",
+        "made by": [f"{name} {version}" for name, version in manifest.producer.items()],
+        "format": f"{manifest.format}, for onnxruntime {manifest.min_onnxruntime} or later",
+    }
+    return f"{manifest.name}\n{_pairs(rows)}"
+
+
+def _describe_quantization(manifest: Manifest) -> str:
+    stored = manifest.quantization
+    if stored.bits == 32:
+        return "none: float32"
+    text = f"{stored.bits} bits, a scale per {stored.block} weights, {stored.method}"
+    others = len(stored.exceptions)
+    return f"{text}; {others} tensors in another way" if others else text
+
+
+def _describe_memory(memory: dict[str, Any]) -> str:
+    prepared = memory["weights_prepared_estimate"]
+    rows: list[tuple[str, ...]] = [("  context", "cache", "cache + prepared weights")]
+    for context, cache in memory["cache"].items():
+        rows.append((f"  {context} tokens", megabytes(cache), megabytes(cache + prepared)))
+    return "\n".join(
+        [
+            "\nMemory",
+            f"  weights in the file      {megabytes(memory['weights_file'])}: mapped; the system "
+            "may drop these pages and read them again",
+            f"  weights, prepared        about {megabytes(prepared)}: an estimate; ONNX Runtime "
+            "packs a copy for this processor",
+            table(rows),
+            "  Python and its libraries come on top. A cache takes memory as it fills.",
+        ]
+    )
+
+
+def _pairs(rows: dict[str, Any]) -> str:
+    """Names and values in two columns; a list of values goes on one line."""
+    lines = []
+    for name, value in rows.items():
+        shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
+        lines.append(f"  {name.replace('_', ' '):<16} {shown}")
+    return "\n".join(lines)
+
+
+COMMAND = Command("info", "say what a bundle is and what it needs", _configure, _run)

@@ -1,0 +1,97 @@
+"""How the commands write text, numbers and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from edge_llm.errors import EdgeLLMError
+
+if TYPE_CHECKING:
+    from edge_llm.results import FinishReason, Timings, Usage
+
+__all__ = ["Progress", "checked", "describe", "megabytes", "read_text", "table", "write"]
+
+
+def write(text: str) -> None:
+    """Write a piece of an answer to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def checked(text: str, source: str) -> str:
+    """A text from outside, if it is text.
+
+    Raises:
+        EdgeLLMError: Bytes in it could not be decoded.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python stands in lone surrogates for what it cannot decode
+        raise _not_text(source, sys.getfilesystemencoding()) from None
+    return text
+
+
+def read_text(read: Callable[[], str], source: str) -> str:
+    """What ``read()`` gives, if it is text.
+
+    Raises:
+        EdgeLLMError: Bytes in it could not be decoded.
+    """
+    try:
+        return checked(read(), source)
+    except UnicodeDecodeError as error:
+        raise _not_text(source, error.encoding) from None
+
+
+def _not_text(source: str, encoding: str) -> EdgeLLMError:
+    return EdgeLLMError(
+        f"{source} is not text in {encoding.upper()}.", "Convert it first, with iconv for example."
+    )
+
+
+def table(rows: Iterable[Sequence[object]], *, indent: str = "") -> str:
+    """Rows as lines with aligned columns: the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(indent + "  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return "\n".join(lines)
+
+
+def megabytes(size: int | None) -> str:
+    """A number of bytes for people."""
+    return "not told" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:
+    """A request's tokens and speed in two lines."""
+    computed = usage.prompt_tokens - usage.reused_tokens
+    parts = [f"prompt {usage.prompt_tokens} tokens ({usage.reused_tokens} reused)"]
+    if timings.prompt > 0:
+        parts.append(f"{timings.prompt:.2f} s, {computed / timings.prompt:.0f} tok/s")
+    if timings.first_token is not None:
+        parts.append(f"first token after {timings.first_token:.2f} s")
+    answer = [f"answer {usage.completion_tokens} tokens ({reason})"]
+    if timings.per_token:
+        answer.append(f"{1 / timings.per_token:.1f} tok/s, {timings.per_token * 1e3:.1f} ms each")
+    answer.append(f"loaded in {timings.load:.2f} s")
+    return "\n".join([" · ".join(parts), " · ".join(answer)])
+
+
+class Progress:
+    """A line on stderr that is written over; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Put a text in the line's place; empty text clears it."""
+        if self._terminal:
+            print(f"\r{text.ljust(self._width)}", end="" if text else "\r", file=sys.stderr)
+            sys.stderr.flush()
+            self._width = len(text)

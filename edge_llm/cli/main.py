@@ -1,0 +1,180 @@
+"""The ``edge-llm`` command: finds the commands, and turns errors into exit statuses.
+
+0 is success, 1 an error with a line on stderr, 2 wrong usage, 130 an interrupt from the keyboard
+and 141 a reader that closed the pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from edge_llm import __version__
+from edge_llm.cli import bench, chat, info, run
+from edge_llm.cli.command import Command
+from edge_llm.errors import ArgumentError, EdgeLLMError
+
+__all__ = ["main"]
+
+GROUP = "edge_llm.commands"
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+INSTALL_EXPORT = "Install it with `pip install 'edge-llm[export]'`."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a pipe of another encoding gets "?" rather than an end in mid-answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            return _dispatch(argv)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:  # argparse's way to end
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt goes on a line of its own
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits, and would complain.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    parser = _parser(_commands())
+    arguments, unknown = parser.parse_known_args(argv)
+    command: Command = arguments.command
+    if unknown and not isinstance(command, _Unavailable):
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    with _logging(arguments.verbose):
+        try:
+            return command.run(arguments)
+        except EdgeLLMError as error:
+            return _fail(_in_flags(error, arguments.parser))
+        except OSError as error:
+            # A file that cannot be read or written; without a name it is no mistake of the user's.
+            if error.filename is None:
+                raise
+            return _fail(f"{error.filename}: {error.strerror}")
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print("edge-llm:", " ".join(message.splitlines()), file=sys.stderr)
+    return 1
+
+
+def _in_flags(error: EdgeLLMError, parser: argparse.ArgumentParser) -> str:
+    """The message, with the argument's name as the user writes it here."""
+    text = str(error)
+    if isinstance(error, ArgumentError) and text.startswith(f"{error.argument} "):
+        for action in parser._actions:
+            flags = [flag for flag in action.option_strings if flag.startswith("--")]
+            if action.dest == error.argument and flags:
+                return flags[0] + text[len(error.argument) :]
+    return text
+
+
+class _Unavailable(Command):
+    """A command that is known but not installed, or not installed rightly."""
+
+
+def _commands() -> dict[str, Command]:
+    """The commands by name: edge_llm's own, then those of other packages."""
+    found = {module.COMMAND.name: module.COMMAND for module in (run, chat, info, bench)}
+    for name, command in _further_commands():
+        found.setdefault(name, command)
+    found.setdefault("export", _unavailable("export", "it is not installed"))
+    return found
+
+
+def _further_commands() -> Iterator[tuple[str, Command]]:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=GROUP):
+        try:
+            yield entry.name, entry.load()
+        except (ImportError, AttributeError) as error:
+            yield entry.name, _unavailable(entry.name, str(error))
+
+
+def _unavailable(name: str, reason: str) -> Command:
+    remedy = INSTALL_EXPORT if name == "export" else "Install the package that brings it again."
+
+    def refuse(arguments: argparse.Namespace) -> NoReturn:
+        raise EdgeLLMError(f"`edge-llm {name}` cannot run: {reason}.", remedy)
+
+    return _Unavailable(name, "(not installed)", lambda parser: None, refuse)
+
+
+def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-llm",
+        description="Small language models on your own CPU.",
+        epilog="Exit status: 0 success, 1 an error (a line on stderr says which), 2 wrong usage, "
+        "130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"edge-llm {__version__}")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="write what is being done to stderr"
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands.values():
+        one = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary, allow_abbrev=False
+        )
+        # Both places are natural; what stands before the command must not be reset behind it.
+        one.add_argument(
+            "-v",
+            "--verbose",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="write what is being done to stderr",
+        )
+        command.configure(one)
+        one.set_defaults(command=command, parser=one)
+    return parser
+
+
+@contextlib.contextmanager
+def _logging(verbose: bool) -> Iterator[None]:
+    """Send the log of edge_llm to stderr while the command runs, where it is wanted."""
+    if not verbose:
+        yield
+        return
+    import logging
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    log = logging.getLogger("edge_llm")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""``edge-llm export``; imported by ``edge-llm --help``, so the export stack waits for the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_llm.cli.command import Command
+from edge_llm.errors import ExportError
+
+if TYPE_CHECKING:
+    from edge_llm.manifest import Manifest
+
+    from .pipeline import Progress
+
+__all__ = ["COMMAND"]
+
+QUANTIZATIONS = ("fp32", "int8", "int4")
+BLOCKS = (32, 64, 128)
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn a Hugging Face checkpoint into a bundle that the other commands run, and try it once."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or a hub id such as owner/name")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="the bundle's folder, new or empty"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="int4",
+        help="how weights are stored (default: int4)",
+    )
+    parser.add_argument(
+        "--block", type=int, choices=BLOCKS, help="weights that share a scale (default: 32)"
+    )
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="longest sequence, in tokens (default: the model's own, but at most 8192)",
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument(
+        "--ignore-config",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key of config.json that does not change the computation (may be repeated)",
+    )
+    parser.add_argument("--json", action="store_true", help="write one JSON object at the end")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        manifest = _export(arguments)
+    except ImportError as error:
+        raise ExportError(
+            f"edge-llm export cannot import {error.name or error}.",
+            "Install what it needs with `pip install 'edge-llm[export]'`.",
+        ) from error
+    folder = Path(arguments.output)
+    size = sum(entry.size for entry in manifest.files.values())
+    if arguments.json:
+        document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
+        print(json.dumps(document))
+    else:
+        print(
+            f"Wrote {folder} ({size / 1e6:,.1f} MB). Run it with: "
+            f"edge-llm run -m {shlex.quote(str(folder))} PROMPT"
+        )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> Manifest:
+    from .pipeline import export_model
+
+    with _bar() as progress:
+        return export_model(
+            arguments.source,
+            arguments.output,
+            quantize=arguments.quantize,
+            block=arguments.block,
+            max_context=arguments.max_context,
+            revision=arguments.revision,
+            overwrite=arguments.overwrite,
+            ignore_config=arguments.ignore_config,
+            progress=progress,
+            warn=_warn,
+        )
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress callback that draws a bar per phase on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    current = ""
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal bar, current
+        if phase != current:
+            current = phase
+            if bar is not None:
+                bar.close()
+            size = {"unit": "B", "unit_scale": True} if phase == "writing" else {}
+            bar = tqdm(desc=phase, total=total, disable=None, file=sys.stderr, leave=False, **size)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _warn(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"edge-llm: {text}", file=sys.stderr)
+
+
+COMMAND = Command("export", "turn a Hugging Face checkpoint into a bundle", _configure, _run)

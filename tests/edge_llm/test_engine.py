@@ -1,0 +1,638 @@
+"""Jobs of many threads on one model, ended in every way that there is; no onnxruntime needed."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge_llm.engine.chunking import ChunkPlanner
+from edge_llm.engine.job import Job
+from edge_llm.engine.scheduler import Engine
+from edge_llm.engine.slot import Slot
+from edge_llm.errors import ArgumentError, ClosedError
+from edge_llm.runtime.decoder import Decoder, Interrupted
+from edge_llm.runtime.kv_cache import KVCache
+
+VOCAB = 16
+LONG = 60.0  # a step that nobody would wait for: whoever passes a test has ended it
+SOON = 10.0  # far above what an idle machine needs, far below LONG
+
+T = TypeVar("T")
+
+
+class FakeDecoder:
+    """The decoder's interface; the likeliest token is the last one plus one."""
+
+    def __init__(self, *, capacity: int = 256, delay: float = 0.0) -> None:
+        self.cache = KVCache((), rows=1, capacity=capacity)
+        self.delay = delay
+        self.in_step = threading.Event()
+        self.fed: list[tuple[list[int], int]] = []
+        self.threads: set[int] = set()
+        self._terminate = threading.Event()
+
+    def step(
+        self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
+    ) -> NDArray[np.float32]:
+        past = int(self.cache.lengths[0])
+        assert 0 < len(tokens) <= self.cache.capacity - past
+        self.threads.add(threading.get_ident())
+        self.in_step.set()
+        if self._terminate.wait(self.delay):
+            raise Interrupted
+        self.cache.lengths[0] = past + len(tokens)
+        self.fed.append(([int(token) for token in tokens], scored))
+        logits = np.zeros((scored, VOCAB), np.float32)
+        for row, token in zip(logits, tokens[len(tokens) - scored :], strict=True):
+            row[(token + 1) % VOCAB] = 1
+        return logits
+
+    def interrupt(self) -> None:
+        self._terminate.set()
+
+    def resume(self) -> None:
+        self._terminate.clear()
+
+
+class Counting(Job):
+    """Feeds ``steps`` tokens, one a step, and puts each; the last result says how it ended."""
+
+    def __init__(
+        self,
+        steps: int = 3,
+        *,
+        cancel: threading.Event | None = None,
+        timeout: float | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(cancel=cancel, timeout=timeout)
+        self.steps = steps
+        self.before = before
+        self.ran = threading.Event()
+
+    def run(self, slot: Slot) -> None:
+        self.ran.set()
+        slot.clear()
+        if self.before is not None:
+            self.before()
+        for i in range(self.steps):
+            reason = self.ended()
+            if reason:
+                self.put(reason)
+                return
+            slot.feed([i % VOCAB], scored=1)
+            self.put(i)
+        self.put("stop")
+
+    def interrupted(self) -> None:
+        self.put(self.ended() or "cancelled")
+
+
+def make_engine(decoder: FakeDecoder, *, fixed: int | None = 4) -> tuple[Engine, Slot]:
+    planner = ChunkPlanner(fixed=fixed, widest=64, single_token=0.01)
+    slot = Slot(cast("Decoder", decoder), planner)
+    return Engine(cast("Decoder", decoder), slot), slot
+
+
+@pytest.fixture
+def decoder() -> FakeDecoder:
+    return FakeDecoder()
+
+
+@pytest.fixture
+def engine(decoder: FakeDecoder) -> Iterator[Engine]:
+    engine, _ = make_engine(decoder)
+    yield engine
+    decoder.interrupt()  # should a test have failed in the middle of a step
+    within(engine.close)
+
+
+class Call(threading.Thread):
+    """A function on a thread of its own, so that a deadlock fails a test and does not stop it."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.function = function
+        self.value: object = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.function()
+        except BaseException as error:
+            self.error = error
+
+    def result(self, seconds: float = SOON) -> object:
+        self.join(seconds)
+        if self.is_alive():
+            faulthandler.dump_traceback()
+            pytest.fail(f"not done after {seconds} seconds")
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def within(function: Callable[[], T]) -> T:
+    return cast("T", Call(function).result())
+
+
+def serve(engine: Engine, job: Job) -> list[object]:
+    return within(lambda: list(engine.execute(job)))
+
+
+def start(engine: Engine, job: Job) -> Call:
+    return Call(lambda: list(engine.execute(job)))
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+def assert_serves(engine: Engine) -> None:
+    assert serve(engine, Counting(2)) == [0, 1, "stop"]
+
+
+def test_a_job_gives_its_results_in_order(engine: Engine, decoder: FakeDecoder) -> None:
+    assert serve(engine, Counting(5)) == [0, 1, 2, 3, 4, "stop"]
+    assert serve(engine, Counting(0)) == ["stop"]
+    assert [tokens for tokens, _ in decoder.fed] == [[i] for i in range(5)]
+
+
+def test_all_steps_are_done_on_one_thread(engine: Engine, decoder: FakeDecoder) -> None:
+    assert decoder.threads == set(), "nothing runs before the first job"
+    for call in [start(engine, Counting()) for _ in range(5)]:
+        assert call.result() == [0, 1, 2, "stop"]
+    assert len(decoder.threads) == 1
+    assert threading.get_ident() not in decoder.threads
+
+
+def test_jobs_are_served_in_the_order_in_which_they_came(engine: Engine) -> None:
+    order: list[int] = []
+    gate, first = blocked(engine)
+    calls = [first]
+    for i in range(6):
+        calls.append(start(engine, Counting(1, before=partial(order.append, i))))
+        until(lambda: len(engine._waiting) == len(calls) - 1)
+    gate.set()
+    for call in calls:
+        call.result()
+    assert order == list(range(6))
+
+
+def test_a_slow_reader_holds_nobody_up(engine: Engine) -> None:
+    slow = engine.execute(Counting(200))
+    assert within(lambda: next(slow)) == 0
+    assert_serves(engine)
+    # And nothing of what it was slow to read is lost.
+    assert within(lambda: list(slow)) == [*range(1, 200), "stop"]
+
+
+def test_a_job_is_queued_by_the_first_read(engine: Engine) -> None:
+    never = engine.execute(Counting())
+    assert_serves(engine)
+    never.close()
+    assert not engine._waiting
+
+
+class Endless(Counting):
+    """Nobody but the caller ends it."""
+
+    def run(self, slot: Slot) -> None:
+        while not self.ended():
+            slot.clear()
+            slot.feed([1], scored=1)
+            self.put("more")
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "throw"])
+def test_an_abandoned_job_makes_room(how: str, engine: Engine, decoder: FakeDecoder) -> None:
+    decoder.delay = 0.001
+    job = Endless()
+    results = engine.execute(job)
+    assert within(lambda: next(results)) == "more"
+    if how == "close":
+        results.close()
+    elif how == "drop":
+        del results
+        gc.collect()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            results.throw(KeyboardInterrupt())
+    assert job.ended() == "cancelled"
+    assert_serves(engine)
+
+
+def test_an_abandoned_job_is_interrupted_inside_its_step(
+    engine: Engine, decoder: FakeDecoder
+) -> None:
+    class Stalling(Counting):
+        def run(self, slot: Slot) -> None:
+            slot.feed([0], scored=1)
+            decoder.delay = LONG
+            decoder.in_step.clear()
+            self.put(0)
+            slot.feed([1], scored=1)
+
+    results = engine.execute(Stalling())
+    assert within(lambda: next(results)) == 0
+    until(decoder.in_step.is_set)
+    results.close()
+    decoder.delay = 0
+    assert_serves(engine)
+
+
+def blocked(engine: Engine) -> tuple[threading.Event, Call]:
+    """Occupy the engine until the event is set."""
+    gate = threading.Event()
+    call = start(engine, Counting(1, before=gate.wait))
+    until(lambda: engine._current)
+    return gate, call
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout"])
+def test_a_waiting_job_ends_at_once(reason: str, engine: Engine) -> None:
+    gate, first = blocked(engine)
+    cancel = threading.Event()
+    job = Counting(cancel=cancel, timeout=0.1 if reason == "timeout" else None)
+    call = start(engine, job)
+    until(lambda: job in engine._waiting)
+    last = start(engine, Counting(1))
+    if reason == "cancelled":
+        cancel.set()
+    assert call.result() == [reason]
+    assert not job.ran.is_set()
+    gate.set()
+    assert first.result() == [0, "stop"]
+    assert last.result() == [0, "stop"]
+    assert not job.ran.is_set()
+
+
+def test_a_job_that_was_cancelled_before_it_came(engine: Engine) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    assert serve(engine, Counting(cancel=cancel)) == ["cancelled"]
+    assert serve(engine, Counting(timeout=1e-9)) == ["timeout"]
+    assert_serves(engine)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout"])
+def test_a_step_ends_in_the_middle(reason: str, engine: Engine, decoder: FakeDecoder) -> None:
+    assert serve(engine, Counting(3)) == [0, 1, 2, "stop"]
+    decoder.in_step.clear()
+    decoder.delay = LONG
+    cancel = threading.Event()
+    call = start(engine, Counting(cancel=cancel, timeout=0.2 if reason == "timeout" else None))
+    until(decoder.in_step.is_set)
+    if reason == "cancelled":
+        cancel.set()
+    assert call.result() == [reason]
+    assert decoder.cache.lengths[0] == 0, "the step that was ended left nothing behind"
+    decoder.delay = 0
+    assert_serves(engine)
+
+
+def test_the_end_of_one_job_does_not_end_the_next(engine: Engine, decoder: FakeDecoder) -> None:
+    # The interrupt of a job may come when its last step is already done.
+    for _ in range(50):
+        cancel = threading.Event()
+        call = start(engine, Counting(1, cancel=cancel, before=cancel.set))
+        assert call.result() in (["cancelled"], [0, "stop"])
+        assert_serves(engine)
+
+
+class Prompting(Job):
+    """Computes a prompt and puts the token that comes next."""
+
+    def __init__(self, prompt: Sequence[int], *, cancel: threading.Event | None = None) -> None:
+        super().__init__(cancel=cancel, timeout=None)
+        self.prompt = np.array(prompt, np.int64)
+
+    def run(self, slot: Slot) -> None:
+        reused = slot.rewind(self.prompt)
+        logits = slot.prefill(self.prompt, between=self.between)
+        self.put((reused, "cancelled" if logits is None else int(logits.argmax())))
+
+    def between(self, done: int) -> bool:
+        self.put(done)
+        return self.ended() is not None
+
+    def interrupted(self) -> None:
+        self.put("interrupted")
+
+
+def test_a_prompt_is_cancelled_between_its_chunks(engine: Engine, decoder: FakeDecoder) -> None:
+    cancel, prompt = threading.Event(), list(range(14))
+    results = []
+    decoder.delay = 0.05
+    for result in engine.execute(Prompting(prompt, cancel=cancel)):
+        results.append(result)
+        cancel.set()
+    assert results[-1] in ((0, "cancelled"), "interrupted")
+    done = int(decoder.cache.lengths[0])
+    assert done < len(prompt)
+    decoder.delay = 0
+    # What was computed is kept, and is right.
+    *progress, last = serve(engine, Prompting(prompt))
+    assert last == (done, 14)
+    assert progress == list(range(done, 14, 4))
+    assert [t for tokens, _ in decoder.fed for t in tokens] == prompt
+
+
+class OddError(BaseException):
+    """Not even an Exception."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no"), OddError("odd"), SystemExit(3), KeyboardInterrupt(), StopIteration(1)],
+)
+def test_what_a_job_raises_reaches_its_caller_and_nobody_else(
+    error: BaseException, engine: Engine
+) -> None:
+    def fail() -> None:
+        raise error
+
+    gate, _ = blocked(engine)
+    bad = start(engine, Counting(before=fail))
+    until(lambda: len(engine._waiting) == 1)
+    good = start(engine, Counting(1))
+    gate.set()
+    # Python turns a StopIteration that leaves a generator into a RuntimeError.
+    expected = RuntimeError if isinstance(error, StopIteration) else type(error)
+    with pytest.raises(expected) as caught:
+        bad.result()
+    assert error in (caught.value, caught.value.__cause__)
+    assert good.result() == [0, "stop"]
+    assert_serves(engine)
+
+
+def test_an_error_while_a_job_is_being_ended(engine: Engine, decoder: FakeDecoder) -> None:
+    class Clumsy(Counting):
+        def interrupted(self) -> None:
+            raise OddError("while ending")
+
+    decoder.delay = LONG
+    with pytest.raises(OddError):
+        serve(engine, Clumsy(timeout=0.1))
+    decoder.delay = 0
+    gate, _ = blocked(engine)
+    with pytest.raises(OddError):
+        serve(engine, Clumsy(timeout=0.1))
+    gate.set()
+    assert_serves(engine)
+
+
+def test_a_job_that_asks_its_own_engine_is_refused(engine: Engine) -> None:
+    with pytest.raises(ArgumentError, match="logits_hook"):
+        serve(engine, Counting(before=lambda: list(engine.execute(Counting()))))
+    assert_serves(engine)
+
+
+def test_close_ends_the_running_job_and_those_that_wait(
+    engine: Engine, decoder: FakeDecoder
+) -> None:
+    decoder.delay = LONG
+    running = start(engine, Counting())
+    until(decoder.in_step.is_set)
+    waiting = [start(engine, Counting()) for _ in range(3)]
+    until(lambda: len(engine._waiting) == 3)
+    within(engine.close)
+    for call in (running, *waiting):
+        with pytest.raises(ClosedError, match="closed"):
+            call.result()
+    with pytest.raises(ClosedError, match="Load it again"):
+        serve(engine, Counting())
+    with pytest.raises(ClosedError):
+        engine.check_usable()
+
+
+def test_close_by_many_at_once_and_again(engine: Engine) -> None:
+    assert_serves(engine)
+    for call in [Call(engine.close) for _ in range(8)]:
+        call.result()
+    within(engine.close)
+    assert engine._thread is not None
+    assert not engine._thread.is_alive()
+
+
+def test_close_of_an_engine_that_was_never_used(engine: Engine) -> None:
+    within(engine.close)
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+
+
+def test_close_from_inside_a_job(engine: Engine) -> None:
+    # The garbage collector may close a model on any thread, the engine's own included.
+    call = start(engine, Counting(before=engine.close))
+    with pytest.raises(ClosedError):
+        call.result()
+    assert engine._thread is not None
+    engine._thread.join(SOON)
+    assert not engine._thread.is_alive()
+
+
+def test_a_reader_that_is_behind_gets_what_was_there_before_close(engine: Engine) -> None:
+    results = engine.execute(Counting(3))
+    assert within(lambda: next(results)) == 0
+    until(lambda: engine._current is None)
+    within(engine.close)
+    assert within(lambda: list(results)) == [1, 2, "stop"]
+
+
+def test_close_frees_the_model() -> None:
+    decoder = FakeDecoder()
+    engine, slot = make_engine(decoder)
+    assert_serves(engine)
+    alive: list[weakref.ref[Any]] = [weakref.ref(decoder), weakref.ref(slot)]
+    within(engine.close)
+    del decoder, slot
+    gc.collect()
+    assert [one() for one in alive] == [None, None]
+
+
+def test_results_of_old_jobs_are_not_kept(engine: Engine) -> None:
+    job = Counting(1)
+    alive = weakref.ref(job)
+    assert serve(engine, job) == [0, "stop"]
+    until(lambda: engine._current is None)
+    del job
+    gc.collect()
+    until(lambda: alive() is None)
+
+
+FORK = """
+    import os, sys, threading, time
+    sys.path.insert(0, {tests!r})
+    from test_engine import Counting, FakeDecoder, make_engine
+    from edge_llm.errors import ForkError
+
+    engine, _ = make_engine(FakeDecoder())
+    assert list(engine.execute(Counting(1))) == [0, "stop"]
+    held = threading.Event()
+
+    def hold():  # as the engine's thread does when it takes a job
+        with engine._changed:
+            held.set()
+            time.sleep(1)
+
+    if {locked}:
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait()
+    pid = os.fork()
+    if pid == 0:
+        for attempt in range(2):
+            try:
+                list(engine.execute(Counting(1)))
+            except ForkError as error:
+                assert "spawn" in error.remedy and "forked" in error.message
+            else:
+                os._exit(1)
+        engine.close()
+        sys.exit(42)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    assert list(engine.execute(Counting(1))) == [0, "stop"]
+    engine.close()
+    print("fine")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_forked_child_is_told_what_to_do_and_exits_cleanly(locked: bool) -> None:
+    code = textwrap.dedent(FORK).format(tests=os.path.dirname(__file__), locked=locked)  # noqa: PTH120
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
+
+
+def customer(engine: Engine, seed: int) -> int:
+    """Twenty requests, most of them ended early in one way or another."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        steps, cancel = rng.randrange(30), threading.Event()
+        way = rng.choice(["plain", "timeout", "cancel", "later", "close", "fail", "late"])
+        timeout = rng.random() * 0.02 if way == "timeout" else None
+        before: Callable[[], object] | None = cancel.set if way == "late" else None
+        if way == "fail":
+            before = partial(divmod, 1, 0)
+        results = engine.execute(Counting(steps, cancel=cancel, timeout=timeout, before=before))
+        if way == "cancel":
+            cancel.set()
+        timer = threading.Timer(rng.random() * 0.02, cancel.set)
+        if way == "later":
+            timer.start()
+        got: list[object] = []
+        try:
+            for result in results:
+                got.append(result)
+                if way == "close" and rng.random() < 0.3:
+                    results.close()
+        except ZeroDivisionError:
+            assert way == "fail"
+            continue
+        finally:
+            timer.cancel()
+        counted = [one for one in got if isinstance(one, int)]
+        assert counted == list(range(len(counted)))
+        if got[-1:] == ["stop"]:
+            assert len(counted) == steps
+        else:
+            assert way != "plain"
+    return seed
+
+
+def test_many_threads_and_many_ways_to_end(engine: Engine, decoder: FakeDecoder) -> None:
+    decoder.delay = 0.0005
+    calls = [Call(partial(customer, engine, seed)) for seed in range(8)]
+    assert [call.result(60) for call in calls] == list(range(8))
+    assert not engine._waiting
+    until(lambda: engine._current is None)
+    assert len(decoder.threads) == 1
+    assert_serves(engine)
+
+
+def test_close_under_load(engine: Engine, decoder: FakeDecoder) -> None:
+    decoder.delay = 0.0005
+    calls = [Call(partial(customer, engine, seed)) for seed in range(8)]
+    until(lambda: len(decoder.fed) > 50)
+    within(engine.close)
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call.result()
+
+
+tokens = st.integers(0, 2)
+
+
+@given(st.lists(tokens, max_size=12), st.lists(tokens, min_size=1, max_size=12))
+def test_the_longest_common_prefix_is_kept(held: list[int], prompt: list[int]) -> None:
+    decoder = FakeDecoder(capacity=16)
+    _, slot = make_engine(decoder)
+    if held:
+        slot.feed(held, scored=0)
+    common = 0
+    while common < min(len(held), len(prompt) - 1) and held[common] == prompt[common]:
+        common += 1
+    assert slot.rewind(np.array(prompt, np.int64)) == common
+    assert slot.length == common
+    decoder.fed.clear()
+    logits = slot.prefill(np.array(prompt, np.int64), between=lambda done: False)
+    assert logits is not None
+    assert logits.argmax() == prompt[-1] + 1
+    assert [t for tokens, _ in decoder.fed for t in tokens] == prompt[common:]
+    # Only the last token's logits are computed.
+    assert [scored for _, scored in decoder.fed] == [0] * (len(decoder.fed) - 1) + [1]
+    # And what is held now is what was fed.
+    assert slot.rewind(np.array([*prompt, 0], np.int64)) == len(prompt)
+
+
+def test_tokens_behind_a_rewound_cache_are_forgotten() -> None:
+    _, slot = make_engine(FakeDecoder())
+    slot.feed([1, 2, 3, 4], scored=0)
+    assert slot.rewind(np.array([1, 2, 9])) == 2
+    # 3 and 4 still stand in memory, but are no longer in the cache.
+    assert slot.rewind(np.array([1, 2, 3, 4, 5])) == 2
+    slot.clear()
+    assert slot.rewind(np.array([1, 2, 3])) == 0
+
+
+def test_an_interrupted_chunk_leaves_the_cache_valid() -> None:
+    decoder = FakeDecoder()
+    _, slot = make_engine(decoder)
+    prompt = np.arange(10, dtype=np.int64)
+
+    def interrupt_third(done: int) -> bool:
+        if done == 8:
+            decoder.interrupt()
+        return False
+
+    with pytest.raises(Interrupted):
+        slot.prefill(prompt, between=interrupt_third)
+    assert slot.length == 8
+    decoder.resume()
+    assert slot.rewind(np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 9])) == 8
+    logits = slot.prefill(np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 9]), between=lambda done: False)
+    assert logits is not None
+    assert logits.argmax() == 10

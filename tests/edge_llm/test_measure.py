@@ -1,0 +1,114 @@
+"""Measuring speed: what is counted, and that nothing is measured which the cache already held."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from edge_llm import LLM, Chunk, Usage
+from edge_llm.errors import ArgumentError, ContextLengthError
+from edge_llm.measure import measure, measure_decode, measure_prompt, random_prompts
+from edge_llm.runtime import device
+
+
+def test_report(tiny_llm: LLM) -> None:
+    phases: list[str] = []
+    report = measure(
+        tiny_llm, prompt_tokens=[8, 40], max_tokens=4, repeats=2, on_phase=phases.append
+    )
+    assert phases == [
+        "decoding 4 tokens",
+        "reading prompts of 8 tokens",
+        "reading prompts of 40 tokens",
+    ]
+    assert [one.prompt_tokens for one in report.prompt] == [8, 40]
+    for one in report.prompt:
+        assert one.tokens_per_second == pytest.approx(one.prompt_tokens / one.seconds)
+        assert one.first_token > 0
+    assert (report.decode.prompt_tokens, report.decode.tokens) == (8, 4)
+    assert report.decode.tokens_per_second == pytest.approx(1 / report.decode.per_token)
+    assert report.decode.per_token_p95 >= report.decode.per_token
+    assert report.load == tiny_llm.load_seconds
+    assert (report.bits, report.block) == (32, None)
+    assert report.environment.threads == tiny_llm.threads
+    assert report.environment.onnxruntime.count(".") >= 1
+    json.dumps(dataclasses.asdict(report))
+
+
+def test_default_lengths_fit_the_context(tiny_llm: LLM) -> None:
+    report = measure(tiny_llm, max_tokens=100, repeats=1)
+    assert [one.prompt_tokens for one in report.prompt] == [128, 156]
+
+
+def test_prompts_never_share_a_prefix(tiny_llm: LLM) -> None:
+    prompts = list(itertools.islice(random_prompts(tiny_llm, 5), 300))
+    vocab = tiny_llm.manifest.dims.vocab
+    assert all(len(prompt) == 5 and min(prompt) >= 0 and max(prompt) < vocab for prompt in prompts)
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(prompts))
+    assert prompts[:3] == list(itertools.islice(random_prompts(tiny_llm, 5), 3))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"max_tokens": 1}, {"repeats": 0}, {"prompt_tokens": []}, {"prompt_tokens": [0]}],
+)
+def test_refusals(arguments: dict[str, Any], tiny_llm: LLM) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(arguments))):
+        measure(tiny_llm, **arguments)
+
+
+def test_prompt_beyond_the_context(tiny_llm: LLM) -> None:
+    with pytest.raises(ContextLengthError):
+        measure_prompt(tiny_llm, prompt_tokens=tiny_llm.context)
+
+
+class Stub:
+    """Answers five tokens in chunks of 1, 2, 0 and 2 at the times 10, 11, 11.5 and 15."""
+
+    manifest = SimpleNamespace(dims=SimpleNamespace(vocab=9))
+
+    def __init__(self, *, reused: int = 0) -> None:
+        self._reused = reused
+
+    def stream(self, prompt: list[int], **options: object) -> Any:
+        assert options == {"max_tokens": 5, "min_tokens": 5, "temperature": 0.0}
+        usage = Usage(prompt_tokens=3, reused_tokens=self._reused, completion_tokens=5)
+        yield Chunk(text="a", tokens=(1,))
+        yield Chunk(text="b", tokens=(2, 3))
+        yield Chunk(text="c", tokens=())
+        yield Chunk(text="d", tokens=(4, 5), finish_reason="length", usage=usage)
+
+
+def test_a_chunk_of_several_tokens_shares_its_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.cycle([10.0, 11.0, 11.5, 15.0])
+    monkeypatch.setattr("edge_llm.measure.time.perf_counter", lambda: next(clock))
+    speed = measure_decode(cast(LLM, Stub()), prompt_tokens=3, max_tokens=5, repeats=2)
+    # 0.5, 0.5 and 2, 2 in each of the two counted answers
+    assert speed.per_token == 1.25
+    assert speed.per_token_p95 == 2.0
+    assert speed.tokens_per_second == 0.8
+
+
+def test_a_reused_prompt_is_not_measured() -> None:
+    with pytest.raises(AssertionError):
+        measure_decode(cast(LLM, Stub(reused=1)), prompt_tokens=3, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "throttled"), [((None, None), None), ((3, 3), False), ((3, 4), True)]
+)
+def test_throttling(
+    counts: tuple[int | None, int | None],
+    throttled: bool | None,
+    tiny_llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    readings = iter(counts)
+    monkeypatch.setattr(device, "throttle_events", lambda: next(readings))
+    report = measure(tiny_llm, prompt_tokens=[4], max_tokens=2, repeats=1)
+    assert report.throttled is throttled
