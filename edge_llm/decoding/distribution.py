@@ -50,7 +50,8 @@ def draw(
     of these the ones before the first that weighs less than min_p (the heaviest weighs 1); take
     the first token at which the running sum exceeds u x the sum of the kept ones.
 
-    Only as much of the head of that order is sorted as the decision needs.
+    Only as much of the head of that order is sorted as the decision needs. transformers 4.57 has
+    the same order of steps (but keeps ties at the k-th place); llama.cpp has the temperature last.
 
     Args:
         logits: (vocab,) float32.

@@ -137,6 +137,12 @@ def test_draw_equals_the_plain_definition_beyond_every_head() -> None:
             assert draw(logits, u, **options) == plain_draw(logits, u, **options)
 
 
+def test_both_zeros_are_equal() -> None:
+    logits = np.where(np.arange(5000) % 2, 0.0, -0.0).astype(np.float32)
+    for token in (0, 1, 2, 2500, 4998, 4999):
+        assert draw(logits, (token + 0.5) / 5000, temperature=1.0) == token
+
+
 @pytest.mark.parametrize(
     "s",
     [

@@ -69,7 +69,8 @@ def test_frequencies_are_those_of_transformers(name: str, head_dim: int) -> None
         )
         assert attention_scaling == 1.0
         ours = inverse_frequencies(rope, head_dim)
-        assert (ours.dtype, ours.shape) == (np.float32, (head_dim // 2,))
+        assert ours.dtype == np.float32
+        assert ours.shape == (head_dim // 2,)
         np.testing.assert_allclose(ours, expected.numpy(), rtol=TOLERANCE[rope.kind])
 
 
@@ -92,7 +93,8 @@ def test_frequencies_are_those_of_the_formula(name: str, head_dim: int) -> None:
                 frequency *= kept + (1 - kept) / rope.factor
             expected.append(frequency)
         ours = inverse_frequencies(rope, head_dim)
-        np.testing.assert_allclose(ours, expected, rtol=TOLERANCE[rope.kind])
+        # The reference rounds its exponents to float32, and ours follow it in that.
+        np.testing.assert_allclose(ours, expected, rtol=2 * TOLERANCE[rope.kind])
 
 
 def test_llama3_keeps_divides_and_blends() -> None:
@@ -111,8 +113,8 @@ def test_padded_pairs_do_not_turn(head_dim: int) -> None:
     padded = rotary_tables(rope, head_dim=head_dim, padded=head_dim + 32, context=50)
     half = head_dim // 2
     for table, wide, still in zip(exact, padded, (1, 0), strict=True):
-        assert (table.dtype, table.shape) == (np.float32, (50, half))
-        assert (wide.dtype, wide.shape) == (np.float32, (50, half + 16))
+        assert table.dtype == wide.dtype == np.float32
+        assert (table.shape, wide.shape) == ((50, half), (50, half + 16))
         np.testing.assert_array_equal(wide[:, :half], table)
         assert (wide[:, half:] == still).all()
 
