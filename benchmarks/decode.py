@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_llm_export import export_model
 from numpy.typing import NDArray
 
 from edge_llm import LLM, Bundle
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment, random_prompts
 from edge_llm.runtime.session import create_session, import_onnxruntime
+from edge_llm_export import export_model
 
 
 @dataclass(frozen=True, slots=True)

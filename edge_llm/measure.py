@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_llm.errors import ArgumentError
 from edge_llm.llm import LLM
-from edge_llm.results import Chunk, Usage
+from edge_llm.results import Usage
 from edge_llm.runtime import device
 from edge_llm.runtime.session import import_onnxruntime
 
@@ -239,7 +239,7 @@ def measure_decode(
     prompts = random_prompts(llm, prompt_tokens)
     gaps: list[float] = []
     for repeat in range(1 + repeats):
-        measured = list(_gaps(llm, next(prompts), max_tokens))
+        measured = _gaps(llm, next(prompts), max_tokens)
         if repeat:
             gaps += measured
     median = statistics.median(gaps)
@@ -286,22 +286,25 @@ def _prompts(rng: np.random.Generator, vocab: int, tokens: int) -> Iterator[list
         yield prompt
 
 
-def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> Iterator[float]:
+def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> list[float]:
     """Seconds before each token but the first; a chunk of several tokens shares its time out."""
-    last: float | None = None
+    started = time.perf_counter()
+    arrivals = []
     for chunk in llm.stream(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0):
-        now = time.perf_counter()
-        if last is not None and chunk.tokens:
-            yield from [(now - last) / len(chunk.tokens)] * len(chunk.tokens)
-        if chunk.tokens:
-            last = now
-        _check_last(chunk, max_tokens)
-
-
-def _check_last(chunk: Chunk, max_tokens: int) -> None:
-    if chunk.usage is not None:
-        _check_reuse(chunk.usage)
-        assert chunk.usage.completion_tokens == max_tokens
+        arrivals.append((time.perf_counter(), len(chunk.tokens)))
+    assert chunk.usage is not None
+    assert chunk.timings is not None
+    assert chunk.timings.first_token is not None
+    _check_reuse(chunk.usage)
+    # A character may need several tokens, so the first token may come with others.
+    before = started + chunk.timings.first_token
+    arrivals[0] = (arrivals[0][0], arrivals[0][1] - 1)
+    gaps: list[float] = []
+    for now, tokens in arrivals:
+        gaps += [(now - before) / tokens] * tokens if tokens else []
+        before = now
+    assert len(gaps) == max_tokens - 1
+    return gaps
 
 
 def _check_reuse(usage: Usage) -> None:

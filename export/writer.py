@@ -149,12 +149,11 @@ def _replace(stage: Path, target: Path) -> None:
         stage.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    moved = old / target.name
     try:
-        target.replace(old / target.name)
-        try:
-            stage.rename(target)
-        except BaseException:
-            (old / target.name).replace(target)
-            raise
+        target.replace(moved)
+        stage.rename(target)
     finally:
+        if not target.exists():
+            moved.replace(target)
         shutil.rmtree(old, ignore_errors=True)

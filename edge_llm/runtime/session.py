@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import logging
@@ -10,6 +11,7 @@ import re
 import sys
 import types
 import warnings
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,18 @@ log = logging.getLogger("edge_llm")
 # Between two operators of a step a worker waits for a few microseconds, between two steps for some
 # hundred (a token is chosen): spinning that long and no longer leaves an idle model's cores alone.
 SPIN_MICROSECONDS = 1000
+
+_open_sessions: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _keep_in_child() -> None:
+    """Keep every session for ever: a forked child that frees one waits for threads it lacks."""
+    for session in _open_sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)
 
 
 @functools.cache
@@ -101,12 +115,14 @@ def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceS
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     log.debug("opening %s with %d threads", model, threads)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except onnxruntime_errors() as error:
         raise RuntimeFailure(
             f"ONNX Runtime {ort.__version__} refuses {model.name}: {error}",
             "Check the files with `edge-llm info --verify`, or export the bundle again.",
         ) from error
+    _open_sessions.add(session)
+    return session
 
 
 @functools.cache

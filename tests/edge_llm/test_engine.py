@@ -428,6 +428,21 @@ def test_close_ends_the_running_job_and_those_that_wait(
         engine.check_usable()
 
 
+def test_close_ends_a_job_that_is_between_two_steps(engine: Engine) -> None:
+    class Thinking(Counting):
+        def run(self, slot: Slot) -> None:
+            self.ran.set()
+            while not self.ended():
+                time.sleep(0.001)
+
+    job = Thinking()
+    call = start(engine, job)
+    until(job.ran.is_set)
+    within(engine.close)
+    with pytest.raises(ClosedError):
+        call.result()
+
+
 def test_close_by_many_at_once_and_again(engine: Engine) -> None:
     assert_serves(engine)
     for call in [Call(engine.close) for _ in range(8)]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import statistics
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from edge_llm import LLM, Chunk, Usage
+from edge_llm import LLM, Chunk, Timings, Usage
 from edge_llm.errors import ArgumentError, ContextLengthError
 from edge_llm.measure import measure, measure_decode, measure_prompt, random_prompts
 from edge_llm.runtime import device
@@ -68,35 +70,52 @@ def test_prompt_beyond_the_context(tiny_llm: LLM) -> None:
 
 
 class Stub:
-    """Answers five tokens in chunks of 1, 2, 0 and 2 at the times 10, 11, 11.5 and 15."""
+    """Answers five tokens in chunks of ``sizes``, the first of them 5 s after the call."""
 
     manifest = SimpleNamespace(dims=SimpleNamespace(vocab=9))
 
-    def __init__(self, *, reused: int = 0) -> None:
+    def __init__(self, *sizes: int, reused: int = 0) -> None:
+        self._sizes = sizes
         self._reused = reused
 
     def stream(self, prompt: list[int], **options: object) -> Any:
         assert options == {"max_tokens": 5, "min_tokens": 5, "temperature": 0.0}
         usage = Usage(prompt_tokens=3, reused_tokens=self._reused, completion_tokens=5)
-        yield Chunk(text="a", tokens=(1,))
-        yield Chunk(text="b", tokens=(2, 3))
-        yield Chunk(text="c", tokens=())
-        yield Chunk(text="d", tokens=(4, 5), finish_reason="length", usage=usage)
+        timings = Timings(load=0, queued=0, prompt=5, first_token=5, per_token=1, total=9)
+        for size in self._sizes[:-1]:
+            yield Chunk(text="a", tokens=(0,) * size)
+        yield Chunk(
+            text="b",
+            tokens=(0,) * self._sizes[-1],
+            finish_reason="length",
+            usage=usage,
+            timings=timings,
+        )
 
 
-def test_a_chunk_of_several_tokens_shares_its_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.cycle([10.0, 11.0, 11.5, 15.0])
+@pytest.mark.parametrize(
+    ("sizes", "gaps"),
+    [
+        ((1, 1, 1, 1, 1), [1, 4, 2, 8]),
+        ((1, 2, 0, 2), [0.5, 0.5, 1, 1]),
+        ((3, 2), [1, 1, 0.5, 0.5]),  # the first token came at 5, the chunk at 7
+        ((5,), [0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_chunk_of_several_tokens_shares_its_time_out(
+    sizes: tuple[int, ...], gaps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.cycle([0.0, 7.0, 8.0, 12.0, 14.0, 22.0][: len(sizes) + 1])
     monkeypatch.setattr("edge_llm.measure.time.perf_counter", lambda: next(clock))
-    speed = measure_decode(cast(LLM, Stub()), prompt_tokens=3, max_tokens=5, repeats=2)
-    # 0.5, 0.5 and 2, 2 in each of the two counted answers
-    assert speed.per_token == 1.25
-    assert speed.per_token_p95 == 2.0
-    assert speed.tokens_per_second == 0.8
+    speed = measure_decode(cast(LLM, Stub(*sizes)), prompt_tokens=3, max_tokens=5, repeats=2)
+    assert speed.per_token == statistics.median(gaps)
+    assert speed.per_token_p95 == pytest.approx(np.percentile(gaps * 2, 95))
+    assert speed.tokens_per_second == 1 / speed.per_token
 
 
 def test_a_reused_prompt_is_not_measured() -> None:
     with pytest.raises(AssertionError):
-        measure_decode(cast(LLM, Stub(reused=1)), prompt_tokens=3, max_tokens=5)
+        measure_decode(cast(LLM, Stub(5, reused=1)), prompt_tokens=3, max_tokens=5)
 
 
 @pytest.mark.parametrize(

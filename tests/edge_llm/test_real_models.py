@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edge_llm_export import export_model
 
 from edge_llm import LLM
+from edge_llm_export import export_model
 
 
 @pytest.fixture(scope="module")

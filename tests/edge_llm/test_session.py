@@ -65,6 +65,7 @@ def test_an_earlier_import_is_warned_about(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(PlatformError, match="pip install 'onnxruntime>="):
         import_onnxruntime.__wrapped__()
@@ -134,6 +135,35 @@ def test_a_graph_cut_short_is_a_failure(tiny_bundle: Path, tmp_path: Path) -> No
             (folder / "model.onnx.data").symlink_to(tiny_bundle / "model.onnx.data")
         with pytest.raises(RuntimeFailure):
             create_session(folder / "model.onnx", threads=1, minimum="1.32")
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from edge_llm.runtime.session import create_session
+session = create_session(Path(sys.argv[1]), threads=2, minimum="1.32")
+pid = os.fork()
+if pid == 0:
+    sys.exit(42)  # frees whatever is left, as multiprocessing's children do not
+for _ in range(600):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.05)
+else:
+    os.kill(pid, 9)
+    sys.exit("the child never ended")
+assert os.waitstatus_to_exitcode(status) == 42
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+def test_a_forked_child_ends_though_it_lacks_the_threads(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK]
+    done = subprocess.run(
+        [*command, str(tiny_bundle / "model.onnx")], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_session_computes_on_the_threads_it_was_given(tiny_bundle: Path) -> None:

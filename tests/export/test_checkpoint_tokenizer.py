@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from edge_llm.errors import CheckpointError
 from edge_llm_export.checkpoint.tokenizer import (
     _BY_MODEL_TYPE,
     _FAMILIES,
@@ -16,9 +19,6 @@ from edge_llm_export.checkpoint.tokenizer import (
     read_tokenizer,
 )
 from edge_llm_export.config import read_config
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-from edge_llm.errors import CheckpointError
 
 # Every token that one of the tokenizer classes of transformers assumes, then others.
 SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<bos>", "<eos>", "<pad>", "<UNK>"]

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from edge_llm_export import cli, pipeline
 
 from edge_llm import LLM
 from edge_llm.cli.main import main
+from edge_llm_export import cli, pipeline
 
 Capture = pytest.CaptureFixture[str]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_llm_export.config import ConfigReader, RopeConfig, read_config, read_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from edge_llm_export.config import ConfigReader, RopeConfig, read_config, read_json
 
 LLAMA3 = {
     "factor": 32.0,

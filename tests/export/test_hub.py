@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_llm_export.checkpoint.hub import Checkpoint, resolve
 
 from edge_llm.errors import ArgumentError, CheckpointError
+from edge_llm_export.checkpoint.hub import Checkpoint, resolve
 
 MAIN, OLDER = "a" * 40, "b" * 40
 TOKEN = "hf_standin"

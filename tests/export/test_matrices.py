@@ -8,6 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from edge_llm.errors import CheckpointError
 from edge_llm_export.architectures.spec import DecoderSpec
 from edge_llm_export.checkpoint.weights import SINGLE, Weights
 from edge_llm_export.config import RopeConfig
@@ -23,12 +29,6 @@ from edge_llm_export.graph.matrices import (
 )
 from edge_llm_export.quantize.storage import FLOAT32, Storage
 from edge_llm_export.writer import BundleWriter
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
-
-from edge_llm.errors import CheckpointError
 
 Floats = NDArray[np.float32]
 Pair = tuple[Matrix, Floats]

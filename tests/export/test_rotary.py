@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from edge_llm_export.config import RopeConfig
 from edge_llm_export.graph.rotary import inverse_frequencies, rotary_tables
 

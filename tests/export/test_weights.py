@@ -12,13 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from edge_llm_export.checkpoint.weights import INDEX, SINGLE, Weights, read_index
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edge_llm.errors import ArgumentError, CheckpointError, ClosedError
+from edge_llm_export.checkpoint.weights import INDEX, SINGLE, Weights, read_index
 
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 Tensors = Mapping[str, NDArray[Any]]

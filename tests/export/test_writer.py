@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from edge_llm_export import writer as writer_module
-from edge_llm_export.graph.recorder import GraphRecorder, TensorInfo
-from edge_llm_export.writer import ALIGNMENT, BundleWriter, check_target, staged
 from onnx import numpy_helper
 
 from edge_llm import Bundle
@@ -32,6 +29,8 @@ from edge_llm.manifest import (
     Tokens,
 )
 from edge_llm.runtime.session import create_session
+from edge_llm_export.graph.recorder import GraphRecorder, TensorInfo
+from edge_llm_export.writer import ALIGNMENT, BundleWriter, check_target, staged
 
 
 def manifest(files: dict[str, FileEntry], name: str = "test") -> Manifest:
@@ -212,8 +211,11 @@ class FullDisk(io.FileIO):
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Leaves so many bytes free; files are buffered as ever, so some errors come at close()."""
 
-    def opened(path: Path, mode: str = "r", *_: Any, **__: Any) -> Any:
-        assert mode in ("w", "wb")
+    original = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "w" not in mode:
+            return original(path, mode, *rest, **more)
         binary = io.BufferedWriter(FullDisk(path, "wb"), 64)
         return binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
 
@@ -318,55 +320,82 @@ def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
             check_target(tmp_path / "model.gguf", overwrite=overwrite)
 
 
-@pytest.mark.parametrize("room", [*SIZES, None])
-def test_a_failed_overwrite_leaves_the_old_bundle(
-    room: int | None, full_disk: Callable[[int], None], tmp_path: Path
+@pytest.mark.parametrize("room", SIZES)
+def test_a_full_disk_leaves_the_old_bundle(
+    room: int, full_disk: Callable[[int], None], tmp_path: Path
 ) -> None:
     target = tmp_path / "bundle"
     write_bundle(target, "old")
     before = listing(tmp_path)
-    error: type[BaseException] = KeyboardInterrupt if room is None else ExportError
-    with (  # noqa: PT012 - the error must come from inside the block
-        pytest.raises(error),
-        pytest.MonkeyPatch.context() as patch,
+    full_disk(room)
+    with pytest.raises(ExportError, match="No space left"), staged(target, overwrite=True) as stage:
+        write_bundle(stage, "new")
+    assert listing(tmp_path) == before
+    assert Bundle.open(target, verify=True).manifest.name == "old"
+
+
+def test_an_interrupt_leaves_the_old_bundle(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    write_bundle(target, "old")
+    before = listing(tmp_path)
+    with (  # noqa: PT012 - the interrupt must come from inside the block
+        pytest.raises(KeyboardInterrupt),
         staged(target, overwrite=True) as stage,
     ):
-        if room is None:
-            write_bundle(stage, "new")
-            raise KeyboardInterrupt
-        patch.setattr(FullDisk, "room", room)
-        full_disk(room)
         write_bundle(stage, "new")
-    pytest.MonkeyPatch().undo()
+        raise KeyboardInterrupt
     assert listing(tmp_path) == before
+    assert Bundle.open(target, verify=True).manifest.name == "old"
 
 
-@pytest.mark.parametrize("failing", ["the old bundle's move", "the new bundle's move"])
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
-def test_a_failed_move_leaves_the_old_bundle(
-    failing: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def fail_moves(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, blamed: Callable[[Path, Path], bool]
 ) -> None:
-    target = tmp_path / "bundle"
-    write_bundle(target, "old")
-    before = listing(tmp_path)
-    rename, replace = Path.rename, Path.replace
+    """Let the moves fail that are to blame."""
 
     def move(original: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
-        def moved(self: Path, other: Path) -> Path:
-            blamed = self == target if failing.startswith("the old") else other == target
-            if blamed and self.parent.parent != tmp_path:  # putting the old one back may succeed
+        def moved(source: Path, target: Path) -> Path:
+            if blamed(source, target):
                 raise error
-            return original(self, other)
+            return original(source, target)
 
         return moved
 
-    monkeypatch.setattr(Path, "rename", move(rename))
-    monkeypatch.setattr(Path, "replace", move(replace))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, move(getattr(Path, name)))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["old away", "new in place"])
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+def test_a_failed_move_leaves_the_old_bundle(
+    first: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    write_bundle(target, "old")
+    before = listing(tmp_path)
+
+    def blamed(source: Path, other: Path) -> bool:
+        return source == target if first else other == target and source.parent == tmp_path
+
+    fail_moves(monkeypatch, error, blamed)
     expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected), staged(target, overwrite=True) as stage:
         write_bundle(stage, "new")
     assert listing(tmp_path) == before
     assert Bundle.open(target, verify=True).manifest.name == "old"
+
+
+def test_an_old_bundle_that_cannot_be_put_back_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    write_bundle(target, "old")
+    error = OSError(errno.EIO, "Input/output error")
+    fail_moves(monkeypatch, error, lambda source, other: other == target)
+    with pytest.raises(ExportError), staged(target, overwrite=True) as stage:
+        write_bundle(stage, "new")
+    (left,) = tmp_path.glob("*/bundle")
+    assert Bundle.open(left, verify=True).manifest.name == "old"
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +409,9 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(**_: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(writer_module.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with (
-        pytest.raises(ExportError, match="Permission denied.*another folder"),
+        pytest.raises(ExportError, match=r"Permission denied.*another folder"),
         staged(tmp_path / "bundle", overwrite=False),
     ):
         pytest.fail("there was work")
