@@ -221,6 +221,12 @@ class Manifest:
                 f"decoder.layout must be one of {', '.join(LAYOUTS)}, got {self.decoder.layout!r}.",
                 "Upgrade edge-llm.",
             )
+        for token in (self.tokens.bos, self.tokens.pad, *self.tokens.eos):
+            if token is not None and not 0 <= token < self.dims.vocab:
+                raise ManifestError(
+                    f"tokens must be ids from 0 to {self.dims.vocab - 1}, got {token}.",
+                    _EXPORT_AGAIN,
+                )
         for i, state in enumerate(self.decoder.state):
             _check_state(state, f"decoder.state[{i}]")
         for path in self.files:

@@ -149,8 +149,8 @@ def _storage(quantize: str, block: int | None) -> Storage:
 def _context(spec: DecoderSpec, max_context: int | None) -> int:
     if max_context is None:
         return min(spec.context, LONGEST_DEFAULT_CONTEXT)
-    if isinstance(max_context, bool) or not isinstance(max_context, int) or max_context < 1:
-        raise ArgumentError("max_context", "an integer of at least 1", max_context)
+    if isinstance(max_context, bool) or not isinstance(max_context, int) or max_context < 2:
+        raise ArgumentError("max_context", "an integer of at least 2", max_context)
     if max_context > spec.context:
         raise ArgumentError(
             "max_context",

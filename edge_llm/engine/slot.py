@@ -36,12 +36,14 @@ class Slot:
     def rewind(self, prompt: NDArray[np.int64]) -> int:
         """Keep the longest common prefix of the cache and ``prompt``, drop the rest.
 
-        At least the prompt's last token is left to be computed, for its logits.
+        The prompt's last token is left to be computed, for its logits, and the one before it too:
+        a token alone takes another kernel, which rounds otherwise, and the same prompt shall give
+        the same logits however much of it is reused.
 
         Returns:
             How many tokens of the prompt are in the cache.
         """
-        limit = min(self.length, len(prompt) - 1)
+        limit = min(self.length, max(0, len(prompt) - 2))
         different = np.flatnonzero(self._held[:limit] != prompt[:limit])
         common = int(different[0]) if len(different) else limit
         self._decoder.cache.truncate(0, common)

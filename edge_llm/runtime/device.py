@@ -136,10 +136,11 @@ def peak_memory() -> int | None:
 
 def cpu_name() -> str:
     """What the processor calls itself."""
-    for line in (_read(PROC / "cpuinfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Model", "Hardware"):
-            return value.strip()
+    lines = [line.partition(":") for line in (_read(PROC / "cpuinfo") or "").splitlines()]
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    for name in ("model name", "Model", "Hardware"):
+        if told.get(name):
+            return told[name]
     model = _read(PROC / "device-tree/model")
     return model.rstrip("\0") if model else platform.processor() or platform.machine()
 

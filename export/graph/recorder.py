@@ -102,8 +102,8 @@ class GraphRecorder:
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Keep a small array inside the graph file; the same name is kept once."""
-        if name not in self._small:
-            self._small[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        assert self._small.setdefault(name, tensor) == tensor, name
         return name
 
     def defer(self, tensors: Sequence[TensorInfo], compute: Callable[[], Sequence[Rows]]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from edge_llm.engine.chunking import BUDGET_SECONDS, TARGET_SECONDS, ChunkPlanner
+from edge_llm.engine.chunking import BUDGET_SECONDS, NARROWEST, TARGET_SECONDS, ChunkPlanner
 
 Machine = Callable[[int, int], float]
-# What must not stand alone is the last token, so the shortest chunk is 2 tokens, at times 3.
-SHORTEST = 3
+# The shortest chunk, and the last token that must not stand alone.
+SHORTEST = NARROWEST + 1
 
 prompts = st.integers(1, 20_000)
 widths = st.integers(2, 1024)
@@ -111,7 +111,7 @@ def test_settles_at_the_target(rate: float, share: float) -> None:
     # A step has a cost of its own, which larger chunks would spread, so the target is approached
     # from below; a chunk is a whole number of tokens.
     assert took <= TARGET_SECONDS * 1.01 or tokens <= SHORTEST
-    assert took >= TARGET_SECONDS * 0.85 - machine(2, 0) or tokens == 512
+    assert took >= TARGET_SECONDS * 0.85 - machine(2, 0) or tokens in (NARROWEST, 512)
 
 
 @given(st.integers(16, 512), st.floats(1.5, 100.0))
@@ -120,8 +120,8 @@ def test_a_slow_moment_shrinks_at_once(widest: int, slower: float) -> None:
     before = chunks.next(10_000)
     chunks.observe(before, TARGET_SECONDS * slower)
     after = chunks.next(10_000)
-    assert after <= max(2, before / slower)
-    assert after >= min(2, before)
+    assert after <= max(NARROWEST, before / slower)
+    assert after >= min(NARROWEST, before)
 
 
 @given(st.integers(2, 100), st.floats(BUDGET_SECONDS, 100.0))
@@ -129,7 +129,7 @@ def test_a_short_chunk_that_was_too_slow_is_heard(tokens: int, took: float) -> N
     chunks = planner(single=1e-5)
     assert chunks.next(10_000) == 512
     chunks.observe(tokens, took)
-    assert chunks.next(10_000) <= max(2, tokens)
+    assert chunks.next(10_000) <= max(NARROWEST, tokens)
 
 
 def test_a_short_chunk_that_was_fast_is_not() -> None:
@@ -157,7 +157,7 @@ def test_recovers_from_the_worst_moment_within_a_few_chunks() -> None:
     machine = linear(1000.0, share=0.2)
     chunks = planner(single=machine(1, 0))
     chunks.observe(chunks.next(10_000), 1000.0)
-    assert chunks.next(10_000) == 2
+    assert chunks.next(10_000) == NARROWEST
     for _ in range(8):
         tokens = chunks.next(10_000)
         chunks.observe(tokens, machine(tokens, 0))

@@ -608,7 +608,7 @@ def test_the_longest_common_prefix_is_kept(held: list[int], prompt: list[int]) -
     if held:
         slot.feed(held, scored=0)
     common = 0
-    while common < min(len(held), len(prompt) - 1) and held[common] == prompt[common]:
+    while common < min(len(held), len(prompt) - 2) and held[common] == prompt[common]:
         common += 1
     assert slot.rewind(np.array(prompt, np.int64)) == common
     assert slot.length == common
@@ -620,15 +620,15 @@ def test_the_longest_common_prefix_is_kept(held: list[int], prompt: list[int]) -
     # Only the last token's logits are computed.
     assert [scored for _, scored in decoder.fed] == [0] * (len(decoder.fed) - 1) + [1]
     # And what is held now is what was fed.
-    assert slot.rewind(np.array([*prompt, 0], np.int64)) == len(prompt)
+    assert slot.rewind(np.array([*prompt, 0, 0], np.int64)) == len(prompt)
 
 
 def test_tokens_behind_a_rewound_cache_are_forgotten() -> None:
     _, slot = make_engine(FakeDecoder())
     slot.feed([1, 2, 3, 4], scored=0)
-    assert slot.rewind(np.array([1, 2, 9])) == 2
+    assert slot.rewind(np.array([1, 2, 9, 9])) == 2
     # 3 and 4 still stand in memory, but are no longer in the cache.
-    assert slot.rewind(np.array([1, 2, 3, 4, 5])) == 2
+    assert slot.rewind(np.array([1, 2, 3, 4, 5, 6])) == 2
     slot.clear()
     assert slot.rewind(np.array([1, 2, 3])) == 0
 

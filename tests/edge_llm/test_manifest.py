@@ -400,6 +400,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = {graph, tokenizer, *templates.values(), *draw(st.lists(paths, max_size=3))}
     exceptions = st.builds(TensorQuantization, bits=counts, block=st.none() | counts)
     text = st.dictionaries(names, names, max_size=3)
+    dims = draw(st.builds(Dims, **{one.name: counts for one in dataclasses.fields(Dims)}))
+    token_ids = st.integers(0, dims.vocab - 1)
     return Manifest(
         format=draw(st.sampled_from(["1.0", "1.3"])),
         requires=(),
@@ -414,7 +416,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
                 license=st.none() | names,
             )
         ),
-        dims=draw(st.builds(Dims, **{one.name: counts for one in dataclasses.fields(Dims)})),
+        dims=dims,
         decoder=DecoderGraph(
             graph=graph, layout="edge_llm.v1", state=tuple(draw(st.lists(states(), max_size=3)))
         ),
@@ -428,9 +430,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
             )
         ),
         tokens=Tokens(
-            bos=draw(st.none() | ids),
-            eos=tuple(draw(st.lists(ids, max_size=3))),
-            pad=draw(st.none() | ids),
+            bos=draw(st.none() | token_ids),
+            eos=tuple(draw(st.lists(token_ids, max_size=3))),
+            pad=draw(st.none() | token_ids),
             add_bos=draw(st.booleans()),
         ),
         sampling=draw(st.dictionaries(names, reals, max_size=3)),
@@ -468,3 +470,12 @@ def test_any_damage_is_a_typed_error(data: st.DataObject) -> None:
     except (ManifestError, UnsupportedFormatError):
         return
     assert json.loads(manifest.to_json()) == content  # the drawn value happened to be right
+
+
+@pytest.mark.parametrize("key", ["bos", "pad", "eos"])
+@pytest.mark.parametrize("token", [-1, 100])
+def test_tokens_are_ids_of_the_vocabulary(key: str, token: int) -> None:
+    data = json.loads(example().to_json())
+    data["tokens"][key] = [token] if key == "eos" else token
+    with pytest.raises(ManifestError, match=f"ids from 0 to 99, got {token}"):
+        Manifest.from_json(json.dumps(data))

@@ -42,9 +42,9 @@ def test_chunks_and_a_reused_prefix_give_the_expected_text(
         assert whole.text == expected
         tokens = [1, *whole.tokens]
         for cut in (170, 100, 20):
-            # All but the prompt's last token are in the cache from the request before.
+            # All but the prompt's last two tokens are in the cache from the request before.
             rest = llm.generate(tokens[:cut], max_tokens=201 - cut, temperature=0)
-            assert rest.usage.reused_tokens == cut - 1
+            assert rest.usage.reused_tokens == cut - 2
             assert list(rest.tokens) == tokens[cut:]
             # Another conversation in between leaves nothing but the first token to reuse.
             llm.generate([1, 300], max_tokens=1)

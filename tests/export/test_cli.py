@@ -63,7 +63,7 @@ def test_keys_to_ignore(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-context", "0"], "--max-context must be an integer of at least 1, got 0."),
+        (["--max-context", "0"], "--max-context must be an integer of at least 2, got 0."),
         (["--revision", "main"], "--revision must be"),
         (["--quantize", "fp32", "--block", "32"], "--block must be left out with fp32"),
     ],

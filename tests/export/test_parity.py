@@ -115,9 +115,7 @@ def test_quantized_graph_computes_with_the_dequantized_weights(
             if parameter.ndim == 2:
                 weights = parameter.numpy()
                 integers, scales = quantize_rows(weights, bits=bits, block=block)
-                rounded = dequantize_blocks(
-                    integers, scales, bits=bits, columns=weights.shape[1]
-                )
+                rounded = dequantize_blocks(integers, scales, bits=bits, columns=weights.shape[1])
                 assert np.abs(rounded - weights).max() > 0, name
                 parameter.copy_(torch.from_numpy(rounded))
     expected = reference(model, PROMPT)
