@@ -2,8 +2,10 @@
 
 Both run the same graph in this process, one after the other in changing order: edge_llm through
 ``LLM.generate`` and ``LLM.stream``, and a loop that holds nothing but one IOBinding, its buffers
-and an argmax. Times are medians over rounds; ratios are taken within a round, so that a machine
-whose speed drifts does not blur them. The last line of stdout is a JSON document.
+and an argmax. All use one session: two sessions on one graph differ by some per cent for as long as
+they live, by where their weights come to lie in memory, and that is not what is asked here. Times
+are medians over rounds; ratios are taken within a round, so that a machine whose speed drifts does
+not blur them. The last line of stdout is a JSON document.
 
     python benchmarks/decode.py BUNDLE
     python benchmarks/decode.py --shape smollm2-135m --block 32
@@ -27,10 +29,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm import LLM, Bundle
+from edge_llm import LLM
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment, random_prompts
-from edge_llm.runtime.session import create_session, import_onnxruntime, resolve_threads
+from edge_llm.runtime.session import import_onnxruntime
 from edge_llm_export import export_model
 
 
@@ -44,17 +46,17 @@ class Run:
 
 
 class BareLoop:
-    """The baseline: greedy decoding with ONNX Runtime and numpy, and nothing else."""
+    """The baseline: greedy decoding with ONNX Runtime and numpy, and nothing else.
 
-    def __init__(self, path: Path, *, context: int, threads: int | None) -> None:
-        bundle = Bundle.open(path)
-        manifest = bundle.manifest
+    It has the model's session, and buffers and an IOBinding of its own.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        manifest, context = llm.manifest, llm.context
         self._ort = import_onnxruntime()
-        self._session = create_session(
-            bundle.file(manifest.decoder.graph),
-            threads=resolve_threads(threads),
-            minimum=manifest.min_onnxruntime,
-        )
+        decoder = llm._engine._decoder
+        assert decoder is not None
+        self._session = decoder._session
         self._binding = self._session.io_binding()
         self._kept: dict[str, tuple[NDArray[Any], Any]] = {}
         sizes = {"batch": 1, "capacity": context}
@@ -125,17 +127,16 @@ def stream(llm: LLM, prompt: list[int], max_tokens: int) -> Run:
     return Run(chunk.timings.prompt, chunk.timings.per_token, tuple(tokens))
 
 
-def alternate(
-    llm: LLM, bare: BareLoop, *, length: int, max_tokens: int, rounds: int, seed: int
-) -> dict[str, list[Run]]:
+def alternate(llm: LLM, *, length: int, max_tokens: int, rounds: int) -> dict[str, list[Run]]:
     """Run all three ``rounds`` times by turns, after a warm-up round."""
+    bare = BareLoop(llm)
     ways: dict[str, Callable[[list[int]], Run]] = {
         "bare": lambda prompt: bare.run(prompt, max_tokens),
         "generate": lambda prompt: generate(llm, prompt, max_tokens),
         "stream": lambda prompt: stream(llm, prompt, max_tokens),
     }
     orders = itertools.cycle(itertools.permutations(ways))
-    prompts = random_prompts(llm, length, seed=seed)
+    prompts = random_prompts(llm, length)
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for round_ in range(1 + rounds):
         prompt = next(prompts)
@@ -146,33 +147,6 @@ def alternate(
             if round_:
                 runs[name].append(run)
     return runs
-
-
-def compare(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, list[Run]], LLM]:
-    """All runs, and the last model, closed.
-
-    Two sessions on one graph differ by some per cent for as long as they live, by where their
-    weights come to lie in memory; hence several loads, in which either is opened first by turns.
-    """
-    length, max_tokens = arguments.prompt_tokens, arguments.max_tokens
-    runs: dict[str, list[Run]] = {"bare": [], "generate": [], "stream": []}
-    for load in range(arguments.loads):
-        opened: dict[str, Any] = {}
-        for name in ("llm", "bare") if load % 2 == 0 else ("bare", "llm"):
-            kind = LLM if name == "llm" else BareLoop
-            opened[name] = kind(path, context=length + max_tokens, threads=arguments.threads)
-        with opened["llm"] as llm:
-            found = alternate(
-                llm,
-                opened["bare"],
-                length=length,
-                max_tokens=max_tokens,
-                rounds=arguments.rounds,
-                seed=load,
-            )
-        for name, more in found.items():
-            runs[name] += more
-    return runs, llm
 
 
 def summarize(runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -239,30 +213,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--loads", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=6, help="rounds per load (default: 6)")
+    parser.add_argument("--rounds", type=int, default=24)
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure and report."""
     arguments = parse()
-    runs, llm = compare(find_bundle(arguments), arguments)
-    summary = summarize(runs)
+    length, max_tokens = arguments.prompt_tokens, arguments.max_tokens
+    path = find_bundle(arguments)
+    with LLM(path, context=length + max_tokens, threads=arguments.threads) as llm:
+        summary = summarize(
+            alternate(llm, length=length, max_tokens=max_tokens, rounds=arguments.rounds)
+        )
     document = {
         "benchmark": "decode",
         "model": llm.manifest.name,
         "bits": llm.manifest.quantization.bits,
         "block": llm.manifest.quantization.block,
-        "prompt_tokens": arguments.prompt_tokens,
-        "max_tokens": arguments.max_tokens,
-        "loads": arguments.loads,
+        "prompt_tokens": length,
+        "max_tokens": max_tokens,
         "rounds": arguments.rounds,
         **summary,
         "environment": dataclasses.asdict(environment(llm)),
     }
     print(f"{document['model']}: ratios of seconds to the bare loop's; below 1 is faster")
-    print(show(summary, arguments.prompt_tokens))
+    print(show(summary, length))
     print(json.dumps(document))
 
 
