@@ -51,7 +51,9 @@ class Bundle:
         folder = Path(path)
         if not folder.is_dir():
             raise BundleNotFoundError(
-                f"There is no folder {str(folder)!r}.",
+                f"{str(folder)!r} is a file, not a folder."
+                if folder.exists()
+                else f"There is no folder {str(folder)!r}.",
                 "Give the path of a bundle; `edge-llm export MODEL -o DIR` makes one.",
             )
         try:
@@ -65,7 +67,8 @@ class Bundle:
             raise ManifestError(f"{MANIFEST_NAME} is not UTF-8.", "Export again.") from error
         except OSError as error:
             raise BundleError(
-                f"{MANIFEST_NAME} in {str(folder)!r} cannot be read: {error.strerror}."
+                f"{MANIFEST_NAME} in {str(folder)!r} cannot be read: {error.strerror}.",
+                "Give this user the right to read it.",
             ) from error
         bundle = cls(folder, Manifest.from_json(text))
         bundle._check_files(verify=verify, on_file=on_file)

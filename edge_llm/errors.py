@@ -11,7 +11,9 @@
     │   ├── UnsupportedFormatError              made for a newer runtime
     │   └── IntegrityError                      a file is missing or altered
     ├── ChatTemplateError                       a chat template is missing or refused this
+    ├── CancelledError                      cancelled before there was a result
     ├── ClosedError                             the model was used after close()
+    ├── DeadlineError (also a TimeoutError) the time was up before there was a result
     ├── ForkError                               the model was used in a forked child
     ├── PlatformError                           this machine cannot run the runtime
     ├── RuntimeFailure                          ONNX Runtime refused or failed a step
@@ -32,10 +34,12 @@ __all__ = [
     "ArgumentError",
     "BundleError",
     "BundleNotFoundError",
+    "CancelledError",
     "ChatTemplateError",
     "CheckpointError",
     "ClosedError",
     "ContextLengthError",
+    "DeadlineError",
     "EdgeLLMError",
     "EdgeLLMWarning",
     "ExportError",
@@ -141,6 +145,14 @@ class IntegrityError(BundleError):
 
 class ChatTemplateError(EdgeLLMError):
     """A chat template is missing, broken, or refused these messages."""
+
+
+class CancelledError(EdgeLLMError):
+    """The work was cancelled before it had a result; an answer has one at any time."""
+
+
+class DeadlineError(EdgeLLMError, TimeoutError):
+    """The time was up before there was a result; an answer has one at any time."""
 
 
 class ClosedError(EdgeLLMError):

@@ -20,9 +20,23 @@ from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.scheduler import Engine
 from edge_llm.engine.scoring import ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
-from edge_llm.errors import ArgumentError, ChatTemplateError, ContextLengthError
+from edge_llm.errors import (
+    ArgumentError,
+    CancelledError,
+    ChatTemplateError,
+    ContextLengthError,
+    DeadlineError,
+    IntegrityError,
+    ManifestError,
+)
 from edge_llm.manifest import Manifest
-from edge_llm.options import GenerateOptions, build_request, integer, seconds
+from edge_llm.options import (
+    GenerateOptions,
+    build_request,
+    cancel_event,
+    integer,
+    seconds,
+)
 from edge_llm.results import Chunk, Completion, Score
 from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.kv_cache import KVCache
@@ -87,7 +101,10 @@ class LLM:
         widest = min(self.context, WIDEST_CHUNK)
         fixed = integer("prefill_chunk", prefill_chunk, 1, self.context)
         self.threads: int = resolve_threads(threads)
-        self._defaults = Sampling.from_dict(self.manifest.sampling)
+        try:
+            self._defaults = Sampling.from_dict(self.manifest.sampling)
+        except ArgumentError as error:
+            raise ManifestError(f"sampling: {error.message}", "Export the bundle again.") from error
         self._tokenizer = Tokenizer.from_file(
             bundle.file(self.manifest.tokenizer),
             bos=tokens.bos,
@@ -96,8 +113,7 @@ class LLM:
             vocab=dims.vocab,
         )
         self._templates = {
-            name: bundle.file(file).read_text(encoding="utf-8")
-            for name, file in self.manifest.chat.templates.items()
+            name: _read_text(bundle, file) for name, file in self.manifest.chat.templates.items()
         }
         session = create_session(
             bundle.file(self.manifest.decoder.graph),
@@ -204,24 +220,24 @@ class LLM:
 
         Raises:
             ContextLengthError: The text does not fit into the context.
-            TimeoutError: The time was up.
-            InterruptedError: ``cancel`` was set.
+            DeadlineError: The time was up.
+            CancelledError: ``cancel`` was set.
         """
-        tokens = self._prompt_tokens(text)
+        tokens = self._prompt_tokens(text, "text")
         if len(tokens) > self.context:
             raise ContextLengthError(len(tokens), 0, self.context)
         job = Scoring(
             tokens,
             vocab=self.manifest.dims.vocab,
-            cancel=cancel,
+            cancel=cancel_event(cancel),
             timeout=seconds("timeout", timeout),
         )
         (end,) = self._engine.execute(job)
         assert isinstance(end, ScoreEnd)
         if end.reason == "timeout":
-            raise TimeoutError(f"Scoring took longer than {timeout} seconds.")
+            raise DeadlineError(f"Scoring took longer than {timeout} seconds.", "Allow it more.")
         if end.reason is not None:
-            raise InterruptedError("Scoring was cancelled.")
+            raise CancelledError("Scoring was cancelled.")
         return Score(tokens=tuple(tokens.tolist()), logprobs=tuple(end.logprobs.tolist()))
 
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
@@ -248,22 +264,25 @@ class LLM:
             f"{'' if self._finalizer.alive else ' closed'}>"
         )
 
-    def _prompt_tokens(self, prompt: Prompt) -> NDArray[np.int64]:
+    def _prompt_tokens(self, prompt: Prompt, name: str = "prompt") -> NDArray[np.int64]:
+        """The tokens of an argument that is text or tokens; ``name`` is the argument's."""
+        tokens: object = prompt
         if isinstance(prompt, str):
-            tokens: Sequence[int] = self._tokenizer.encode(prompt)
+            tokens = self._tokenizer.encode(prompt)
             bos = self.manifest.tokens.bos
-            if not tokens and bos is not None:
-                tokens = [bos]
-        else:
-            tokens = prompt
+            if not tokens and bos is None:
+                raise ArgumentError(name, "at least one token", prompt, "There is no BOS token.")
+            tokens = tokens or [bos]
         vocab = self.manifest.dims.vocab
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not len(array):
-            raise ArgumentError(
-                "prompt", "text or at least one token", prompt, "This model has no BOS token."
-            )
-        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab:
-            raise ArgumentError("prompt", f"text or integers from 0 to {vocab - 1}", prompt)
+        domain = f"text, or a sequence of at least one integer from 0 to {vocab - 1}"
+        try:
+            array = np.asarray(tokens)
+        except ValueError as error:  # rows of different lengths
+            raise ArgumentError(name, domain, prompt) from error
+        if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
+            raise ArgumentError(name, domain, prompt)
+        if array.min() < 0 or array.max() >= vocab:
+            raise ArgumentError(name, domain, prompt)
         return array.astype(np.int64)
 
     def _chat_template(self, name: str) -> ChatTemplate:
@@ -325,6 +344,15 @@ class LLM:
                 else:
                     assert isinstance(result, Chunk)
                     yield result
+
+
+def _read_text(bundle: Bundle, name: str) -> str:
+    try:
+        return bundle.file(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"The bundle's file {name!r} cannot be read: {error}.", "Export the bundle again."
+        ) from error
 
 
 def _single_token(decoder: Decoder) -> float:

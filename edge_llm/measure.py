@@ -1,7 +1,7 @@
 """How fast a loaded model is here: prompt and decode speed, first token, memory, heat.
 
-Prompts are random tokens, each with another first one, so that none finds its prefix in the cache.
-Every figure is a median over repeats that come after a warm-up.
+Prompts are random tokens, each with another first one than the one before it, so that none finds its
+prefix in the cache. Every figure is a median over repeats that come after a warm-up.
 """
 
 from __future__ import annotations
@@ -170,16 +170,19 @@ def measure(
         prompt_tokens = sorted({min(length, room) for length in PROMPT_TOKENS})
     if not prompt_tokens:
         raise ArgumentError("prompt_tokens", "at least one length", prompt_tokens)
+    _check("prompt_tokens", min(prompt_tokens), 1)
     tell = on_phase or (lambda phase: None)
     heat = device.throttle_events()
     tell(f"decoding {max_tokens} tokens")
+    # One for all phases, or the last prompt of one could begin like the first of the next.
+    prompts = random_prompts(llm, max(prompt_tokens))
     decode = measure_decode(
-        llm, prompt_tokens=prompt_tokens[0], max_tokens=max_tokens, repeats=repeats
+        llm, prompts, prompt_tokens=prompt_tokens[0], max_tokens=max_tokens, repeats=repeats
     )
-    prompts = []
+    speeds = []
     for length in prompt_tokens:
         tell(f"reading prompts of {length} tokens")
-        prompts.append(measure_prompt(llm, prompt_tokens=length, repeats=repeats))
+        speeds.append(measure_prompt(llm, prompts, prompt_tokens=length, repeats=repeats))
     resident = device.resident_memory()
     after = device.throttle_events()
     return Report(
@@ -189,7 +192,7 @@ def measure(
         context=llm.context,
         repeats=repeats,
         load=llm.load_seconds,
-        prompt=tuple(prompts),
+        prompt=tuple(speeds),
         decode=decode,
         memory=MemoryUse(
             total=resident.get("total"),
@@ -201,20 +204,27 @@ def measure(
     )
 
 
-def measure_prompt(llm: LLM, *, prompt_tokens: int, repeats: int = 3) -> PromptSpeed:
+def measure_prompt(
+    llm: LLM, prompts: Iterator[list[int]], *, prompt_tokens: int, repeats: int = 3
+) -> PromptSpeed:
     """Measure how fast prompts of one length are read.
+
+    Args:
+        llm: The model.
+        prompts: What :func:`random_prompts` gives, at least as long; what is longer is cut.
+        prompt_tokens: Their length.
+        repeats: How often to measure, after a warm-up.
 
     Raises:
         ArgumentError: An argument is outside its domain.
         ContextLengthError: The prompt does not fit into the context.
     """
     seconds, first = [], []
-    prompts = random_prompts(llm, prompt_tokens)
     for repeat in range(1 + repeats):
-        answer = llm.generate(next(prompts), max_tokens=1, temperature=0.0)
-        _check_reuse(answer.usage)
+        answer = llm.generate(next(prompts)[:prompt_tokens], max_tokens=1, temperature=0.0)
         assert answer.timings.first_token is not None
         if repeat:  # the first is the warm-up, in which the engine learns the size of its chunks
+            _check_reuse(answer.usage)
             seconds.append(answer.timings.prompt)
             first.append(answer.timings.first_token)
     median = statistics.median(seconds)
@@ -227,20 +237,32 @@ def measure_prompt(llm: LLM, *, prompt_tokens: int, repeats: int = 3) -> PromptS
 
 
 def measure_decode(
-    llm: LLM, *, prompt_tokens: int, max_tokens: int, repeats: int = 3
+    llm: LLM,
+    prompts: Iterator[list[int]],
+    *,
+    prompt_tokens: int,
+    max_tokens: int,
+    repeats: int = 3,
 ) -> DecodeSpeed:
     """Measure how fast tokens follow each other in a greedy, streamed answer.
+
+    Args:
+        llm: The model.
+        prompts: As for :func:`measure_prompt`.
+        prompt_tokens: Tokens in front of the answer.
+        max_tokens: Tokens of each answer, at least 2.
+        repeats: How often to measure, after a warm-up.
 
     Raises:
         ArgumentError: An argument is outside its domain.
         ContextLengthError: Prompt and answer do not fit into the context.
     """
     _check("max_tokens", max_tokens, 2)
-    prompts = random_prompts(llm, prompt_tokens)
     gaps: list[float] = []
     for repeat in range(1 + repeats):
-        measured = _gaps(llm, next(prompts), max_tokens)
+        measured, usage = _gaps(llm, next(prompts)[:prompt_tokens], max_tokens)
         if repeat:
+            _check_reuse(usage)
             gaps += measured
     median = statistics.median(gaps)
     return DecodeSpeed(
@@ -286,7 +308,7 @@ def _prompts(rng: np.random.Generator, vocab: int, tokens: int) -> Iterator[list
         yield prompt
 
 
-def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> list[float]:
+def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[float], Usage]:
     """Seconds before each token but the first; a chunk of several tokens shares its time out."""
     started = time.perf_counter()
     arrivals = []
@@ -295,7 +317,6 @@ def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> list[float]:
     assert chunk.usage is not None
     assert chunk.timings is not None
     assert chunk.timings.first_token is not None
-    _check_reuse(chunk.usage)
     # A character may need several tokens, so the first token may come with others.
     before = started + chunk.timings.first_token
     arrivals[0] = (arrivals[0][0], arrivals[0][1] - 1)
@@ -304,11 +325,12 @@ def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> list[float]:
         gaps += [(now - before) / tokens] * tokens if tokens else []
         before = now
     assert len(gaps) == max_tokens - 1
-    return gaps
+    return gaps, chunk.usage
 
 
 def _check_reuse(usage: Usage) -> None:
-    # A prompt that was not computed whole would look faster than any is.
+    # A prompt that was not computed whole would look faster than any is. The warm-up's may begin like
+    # what the cache held before, which is somebody else's.
     assert usage.reused_tokens == 0
 
 

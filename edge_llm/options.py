@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,7 +14,7 @@ from edge_llm.decoding.sampling import LogitsHook, Sampling
 from edge_llm.engine.generation import Request
 from edge_llm.errors import ArgumentError, ContextLengthError
 
-__all__ = ["GenerateOptions", "build_request", "integer", "seconds"]
+__all__ = ["GenerateOptions", "build_request", "cancel_event", "integer", "seconds"]
 
 MOST_LOGPROBS = 100
 SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
@@ -36,8 +36,10 @@ class GenerateOptions(TypedDict, total=False):
         logit_bias: Added to the logits of these tokens.
         logits_hook: ``hook(tokens, logits)`` gets prompt and answer so far and a copy of the
             logits, float32 [vocab], and returns what to use in their place. It runs on the
-            engine's thread.
-        seed: Same seed, same text; None draws one from the system.
+            engine's thread, where neither ``cancel`` nor ``timeout`` can end it.
+        seed: Same seed, same text; None draws one from the system. (On a quantized bundle a
+            near-tie may fall otherwise where the cache still holds tokens that were answered
+            before: one token at a time rounds otherwise than several.)
         stop: A string or strings that end the answer and are not part of it.
         stop_tokens: Tokens that end the answer besides the model's own.
         logprobs: Report each token's log-probability and those of so many alternatives.
@@ -94,7 +96,9 @@ def build_request(
     for name in options:
         if name not in GenerateOptions.__annotations__:
             known = ", ".join(GenerateOptions.__annotations__)
-            raise ArgumentError(name, "left out: there is no such option", options[name], known)  # type: ignore[literal-required]
+            given = options[name]  # type: ignore[literal-required]
+            domain = "left out (there is no such option)"
+            raise ArgumentError(name, domain, given, f"The options are: {known}.")
     sampling = defaults.merged(**{name: options.get(name) for name in SAMPLING_FIELDS})
     max_tokens = integer("max_tokens", options.get("max_tokens"), 1)
     if max_tokens is None:
@@ -102,12 +106,6 @@ def build_request(
     if len(prompt) + max_tokens > context:
         raise ContextLengthError(len(prompt), max_tokens, context)
     min_tokens = integer("min_tokens", options.get("min_tokens"), 0, max_tokens) or 0
-    stop_tokens = [
-        integer("stop_tokens", token, 0, vocab - 1) for token in options.get("stop_tokens") or ()
-    ]
-    cancel = options.get("cancel")
-    if cancel is not None and not hasattr(cancel, "is_set"):
-        raise ArgumentError("cancel", "a threading.Event", cancel)
     return Request(
         prompt=prompt,
         max_tokens=max_tokens,
@@ -115,10 +113,10 @@ def build_request(
         sampling=sampling,
         seed=integer("seed", options.get("seed"), 0),
         stops=_stops(options.get("stop")),
-        ending=frozenset(eos) | {token for token in stop_tokens if token is not None},
+        ending=frozenset(eos) | _stop_tokens(options.get("stop_tokens"), vocab),
         logprobs=integer("logprobs", options.get("logprobs"), 0, min(vocab, MOST_LOGPROBS)),
         hook=_callable("logits_hook", options.get("logits_hook")),
-        cancel=cancel,
+        cancel=cancel_event(options.get("cancel")),
         timeout=seconds("timeout", options.get("timeout")),
         progress=_callable("on_prompt", options.get("on_prompt")) is not None,
         stream=stream,
@@ -148,10 +146,29 @@ def seconds(name: str, value: object) -> float | None:
     """
     if value is None:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
         raise ArgumentError(name, "a positive number of seconds", value)
     return float(value)  # type: ignore[arg-type]
+
+
+def cancel_event(value: threading.Event | None) -> threading.Event | None:
+    """An event, or None.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if value is not None and not callable(getattr(value, "is_set", None)):
+        raise ArgumentError("cancel", "a threading.Event", value)
+    return value
+
+
+def _stop_tokens(value: object, vocab: int) -> frozenset[int]:
+    tokens = () if value is None else value
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | bytes):
+        raise ArgumentError("stop_tokens", f"a sequence of integers from 0 to {vocab - 1}", value)
+    checked = (integer("stop_tokens", token, 0, vocab - 1) for token in tokens)
+    return frozenset(token for token in checked if token is not None)
 
 
 def _stops(value: object) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class Engine:
             raise ArgumentError(
                 "logits_hook",
                 "a function that does not ask the model which is waiting for it",
-                self._current,
+                "one that does",
                 "Load a second model for it.",
             )
 

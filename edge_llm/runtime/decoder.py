@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Decoder", "Interrupted"]
 
 
+_CHECK = "Check the files with `edge-llm info --verify`, or export the bundle again."
+
+
 class Interrupted(Exception):  # noqa: N818 - no error: somebody asked for it
     """A step was ended by :meth:`Decoder.interrupt`; the cache is as it was before the step."""
 
@@ -59,7 +62,12 @@ class Decoder:
         ):
             self._bind(name, array)
         for state in manifest.decoder.state:
-            self._bind(state.input, cache.buffers[state.input], output=state.output)
+            try:
+                self._bind(state.input, cache.buffers[state.input], output=state.output)
+            except onnxruntime_errors() as error:
+                raise RuntimeFailure(
+                    f"The graph has no state {state.input!r} like the manifest's: {error}", _CHECK
+                ) from error
 
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
@@ -91,7 +99,7 @@ class Decoder:
         except onnxruntime_errors() as error:
             if self._options.terminate:
                 raise Interrupted from None
-            raise RuntimeFailure(f"ONNX Runtime failed in a step: {error}") from error
+            raise RuntimeFailure(f"ONNX Runtime failed in a step: {error}", _CHECK) from error
         self.cache.lengths[0] = past + count
         return self._logits[:scored]
 

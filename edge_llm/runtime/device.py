@@ -54,14 +54,18 @@ def _is_musl() -> bool:
     return platform.libc_ver()[0] != "glibc" and any(LIB.glob("ld-musl-*"))
 
 
-def usable_cores() -> int:
-    """Physical cores inside the affinity mask, cut down to the cgroup's CPU quota; at least 1."""
+def usable_cores(*, physical: bool = True) -> int:
+    """Cores inside the affinity mask, cut down to the cgroup's CPU quota; at least 1.
+
+    Args:
+        physical: Count the hardware threads of a core once, where the system tells them apart.
+    """
     if hasattr(os, "sched_getaffinity"):
         mask = os.sched_getaffinity(0)
     else:
         mask = set(range(os.cpu_count() or 1))
     # Two hardware threads of a core share the units that a matrix product keeps busy.
-    cores = len({_siblings(cpu) for cpu in mask})
+    cores = len({_siblings(cpu) for cpu in mask} if physical else mask)
     quota = _cgroup_cpu_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.errors import UnsupportedFormatError
+from edge_llm.errors import ArgumentError, UnsupportedFormatError
 from edge_llm.manifest import StateTensor
 
 __all__ = ["KVCache", "state_bytes"]
@@ -26,6 +27,7 @@ class KVCache:
 
     Raises:
         UnsupportedFormatError: A tensor is not a shared buffer that grows a row a token.
+        ArgumentError: There is no memory for this capacity.
     """
 
     def __init__(self, state: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
@@ -39,9 +41,18 @@ class KVCache:
         self.rows = rows
         self.capacity = capacity
         self.lengths = np.zeros(rows, np.int32)
-        self.buffers: dict[str, NDArray[np.generic]] = {
-            one.input: np.zeros(_shape(one, rows, capacity), one.dtype) for one in state
-        }
+        try:
+            self.buffers: dict[str, NDArray[np.generic]] = {
+                one.input: np.zeros(_shape(one, rows, capacity), one.dtype) for one in state
+            }
+        except (MemoryError, ValueError) as error:  # numpy has two words for "too large"
+            size = state_bytes(state, rows=rows, capacity=capacity)
+            raise ArgumentError(
+                "context",
+                f"small enough for its cache of {size} bytes to be allocated",
+                capacity,
+                "Load the model with a smaller context.",
+            ) from error
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +68,7 @@ class KVCache:
 def state_bytes(state: Sequence[StateTensor], *, rows: int, capacity: int) -> int:
     """Bytes that a cache of this size takes when it is full."""
     return sum(
-        int(np.prod(_shape(one, rows, capacity), dtype=np.int64)) * np.dtype(one.dtype).itemsize
-        for one in state
+        math.prod(_shape(one, rows, capacity)) * np.dtype(one.dtype).itemsize for one in state
     )
 
 

@@ -15,7 +15,13 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_llm.errors import ArgumentError, PlatformError, RuntimeFailure, TelemetryWarning
+from edge_llm.errors import (
+    ArgumentError,
+    ManifestError,
+    PlatformError,
+    RuntimeFailure,
+    TelemetryWarning,
+)
 from edge_llm.runtime.device import check_platform, usable_cores
 
 if TYPE_CHECKING:
@@ -72,20 +78,20 @@ def import_onnxruntime() -> types.ModuleType:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """Threads to compute with: those asked for, or one per usable core.
+    """Threads to compute with: those asked for, or one per usable physical core.
 
     Raises:
         ArgumentError: More threads than the affinity mask and the CPU quota allow, or below 1.
     """
-    cores = usable_cores()
     if threads is None:
-        return cores
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= cores:
+        return usable_cores()
+    most = usable_cores(physical=False)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
         raise ArgumentError(
             "threads",
-            f"an integer from 1 to {cores} (cores that this process may use)",
+            f"an integer from 1 to {most} (what the affinity mask and the CPU quota allow)",
             threads,
-            "More threads than cores make every step wait for the slowest.",
+            "More threads than that make every step wait for the slowest.",
         )
     return threads
 
@@ -139,4 +145,6 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
 def _version(text: str) -> tuple[int, ...]:
     """Major and minor of a version: "1.32.0" and "1.32rc1" give (1, 32)."""
     numbers = re.match(r"(\d+)(?:\.(\d+))?", text)
-    return tuple(int(number or 0) for number in numbers.groups()) if numbers else (0, 0)
+    if numbers is None:
+        raise ManifestError(f"min_onnxruntime must be a version, got {text!r}.", "Export again.")
+    return tuple(int(number or 0) for number in numbers.groups())

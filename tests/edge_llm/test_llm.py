@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,15 @@ from numpy.typing import NDArray
 from edge_llm import LLM
 from edge_llm.errors import (
     ArgumentError,
+    CancelledError,
     ChatTemplateError,
     ClosedError,
     ContextLengthError,
+    DeadlineError,
+    IntegrityError,
+    ManifestError,
     PlatformError,
+    RuntimeFailure,
 )
 
 PROMPT = "It was the best of times, it was"
@@ -188,9 +196,9 @@ def test_score_agrees_with_logprobs(tiny_llm: LLM) -> None:
 def test_score_ends_early_with_the_usual_exceptions(tiny_llm: LLM) -> None:
     event = threading.Event()
     event.set()
-    with pytest.raises(InterruptedError):
+    with pytest.raises(CancelledError):
         tiny_llm.score(PROMPT, cancel=event)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(DeadlineError):
         tiny_llm.score(PROMPT, timeout=1e-9)
 
 
@@ -225,6 +233,8 @@ def test_context_is_refused_before_any_work(tiny_bundle: Path) -> None:
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "stop"),
         ({"stop_tokens": [10**6]}, "stop_tokens"),
+        ({"stop_tokens": 5}, "stop_tokens"),
+        ({"stop_tokens": "12"}, "stop_tokens"),
         ({"logprobs": -1}, "logprobs"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias"),
         ({"logits_hook": 3}, "logits_hook"),
@@ -242,10 +252,82 @@ def test_wrong_options_are_named(options: dict[str, Any], named: str, tiny_llm: 
         assert caught.value.argument == named
 
 
-@pytest.mark.parametrize("prompt", ["", [], [-1], [400], [1.5], [[1]], None, 3, ["a"]])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [-1], [400], [1.5], [[1]], [[1], [2, 3]], None, 3, ["a"], b"x"]
+)
 def test_wrong_prompts_are_named(prompt: Any, tiny_llm: LLM) -> None:
     with pytest.raises(ArgumentError, match="prompt"):
         tiny_llm.generate(prompt)
+    with pytest.raises(ArgumentError, match="text"):
+        tiny_llm.score(prompt)
+
+
+def test_wrong_options_of_score_are_named(tiny_llm: LLM) -> None:
+    with pytest.raises(ArgumentError, match="cancel"):
+        tiny_llm.score(PROMPT, cancel=5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="timeout"):
+        tiny_llm.score(PROMPT, timeout=-1)
+
+
+def altered(bundle: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a bundle whose manifest is changed at its top level."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    return folder
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 40.5}, {"temperature": -1}, {"heat": 1}])
+def test_wrong_defaults_are_the_bundles_mistake(
+    sampling: dict[str, float], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match="sampling"):
+        LLM(altered(tiny_bundle, tmp_path / "bundle", sampling=sampling))
+
+
+def test_a_version_that_is_none_is_the_bundles_mistake(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="min_onnxruntime"):
+        LLM(altered(tiny_bundle, tmp_path / "bundle", min_onnxruntime="banana"))
+
+
+def test_state_that_the_graph_does_not_have(tiny_bundle: Path, tmp_path: Path) -> None:
+    decoder = json.loads((tiny_bundle / "manifest.json").read_text())["decoder"]
+    decoder["state"][0]["input"] = "past.other"
+    with pytest.raises(RuntimeFailure, match="past.other"):
+        LLM(altered(tiny_bundle, tmp_path / "a", decoder=decoder))
+    decoder["state"][0]["shape"][1] = 10**15
+    with pytest.raises(ArgumentError, match="context"):
+        LLM(altered(tiny_bundle, tmp_path / "b", decoder=decoder))
+
+
+def test_a_chat_template_that_is_no_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = altered(tiny_bundle, tmp_path / "bundle")
+    file = folder / "chat_template.jinja"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(IntegrityError, match="chat_template.jinja"):
+        LLM(folder)
+
+
+def test_decoding_keeps_memory_flat(tiny_llm: LLM) -> None:
+    """Nothing stays behind of a token but its place in the answer."""
+    sizes = []
+
+    def watch(tokens: Any, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        return logits
+
+    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
+    tiny_llm.generate(PROMPT, min_tokens=200, max_tokens=200, **options)
+    tracemalloc.start()
+    try:
+        tiny_llm.generate(
+            PROMPT, min_tokens=200, max_tokens=200, logits_hook=watch, seed=1, **options
+        )
+    finally:
+        tracemalloc.stop()
+    grown = sizes[-1] - sizes[50]
+    # 150 tokens, their text and this list; the logits alone would be 240,000 bytes.
+    assert grown < 40_000
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,14 @@ def test_onnxruntime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "usable_cores", lambda: 4)
+    monkeypatch.setattr(session, "usable_cores", lambda physical=True: 4)
     assert resolve_threads(None) == 4
     assert [resolve_threads(threads) for threads in (1, 2, 4)] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("threads", [0, -1, 5, 1.0, "2", True, [1], float("nan")])
 def test_other_threads_are_refused(threads: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "usable_cores", lambda: 4)
+    monkeypatch.setattr(session, "usable_cores", lambda physical=True: 4)
     with pytest.raises(ArgumentError, match="threads must be an integer from 1 to 4") as caught:
         resolve_threads(threads)  # type: ignore[arg-type]
     assert caught.value.value is threads
