@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 from edge_llm.cli.command import Command
 from edge_llm.errors import ExportError
 
+from .choices import (
+    BLOCKS,
+    DEFAULT_BLOCK,
+    DEFAULT_QUANTIZATION,
+    LONGEST_DEFAULT_CONTEXT,
+    QUANTIZATIONS,
+)
+
 if TYPE_CHECKING:
     from edge_llm.manifest import Manifest
 
     from .pipeline import Progress
 
 __all__ = ["COMMAND"]
-
-QUANTIZATIONS = ("fp32", "int8", "int4")
-BLOCKS = (32, 64, 128)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +42,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        default="int4",
-        help="how weights are stored (default: int4)",
+        default=DEFAULT_QUANTIZATION,
+        help=f"how weights are stored (default: {DEFAULT_QUANTIZATION})",
     )
     parser.add_argument(
-        "--block", type=int, choices=BLOCKS, help="weights that share a scale (default: 32)"
+        "--block",
+        type=int,
+        choices=BLOCKS,
+        help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
     )
     parser.add_argument(
         "--max-context",
         type=int,
         metavar="N",
-        help="longest sequence, in tokens (default: the model's own, but at most 8192)",
+        help="longest sequence, in tokens (default: the model's own, but at most "
+        f"{LONGEST_DEFAULT_CONTEXT})",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")

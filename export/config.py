@@ -158,33 +158,34 @@ class ConfigReader:
                     "Export from the unquantized checkpoint that it was made from.",
                 )
 
-    def require(self, name: str, kind: type[T]) -> T:
+    def require(self, name: str, kind: type[T], *, at_least: float | None = None) -> T:
         """The value of ``name``.
 
         Args:
             name: The key.
             kind: bool, int, float (integers are taken too), str, list or dict.
+            at_least: The smallest number that makes sense.
 
         Raises:
-            CheckpointError: The key is missing, or its value is of another type.
+            CheckpointError: The key is missing, or its value is of another type or too small.
         """
         self._consumed.add(name)
         if name not in self._config:
             raise CheckpointError(
                 f"config.json has no {name}.", "Take the config.json that belongs to the weights."
             )
-        return _typed(f"config.json: {name}", self._config[name], kind)
+        return _typed(f"config.json: {name}", self._config[name], kind, at_least)
 
-    def get(self, name: str, kind: type[T], default: T) -> T:
+    def get(self, name: str, kind: type[T], default: T, *, at_least: float | None = None) -> T:
         """The value of ``name``, or ``default`` where it is absent or null.
 
         Raises:
-            CheckpointError: The value is of another type.
+            CheckpointError: The value is of another type or too small.
         """
         self._consumed.add(name)
         if name not in self._config:
             return default
-        return _typed(f"config.json: {name}", self._config[name], kind)
+        return self.require(name, kind, at_least=at_least)
 
     def honour(self, name: str, allowed: Collection[T], default: T) -> T:
         """The value of ``name``, or ``default``, refused unless it is one that is ``allowed``.
@@ -353,16 +354,17 @@ def _rope(source: str, **fields: Any) -> RopeConfig:
         ) from error
 
 
-def _typed(label: str, value: Any, kind: type[T]) -> T:
-    """``value``, if it is of ``kind``."""
+def _typed(label: str, value: Any, kind: type[T], at_least: float | None = None) -> T:
+    """``value``, if it is of ``kind`` and no smaller than ``at_least``."""
     number: Any = float(value) if kind is float and isinstance(value, int) else value
     # bool is an int to Python but not to JSON, and JSON as Python reads it has NaN and Infinity.
     fits = isinstance(number, kind) and isinstance(value, bool) == (kind is bool)
     if isinstance(number, float):
         fits = fits and math.isfinite(number)
-    if not fits:
+    if not fits or (at_least is not None and number < at_least):
+        domain = _DOMAINS[kind] + ("" if at_least is None else f" of at least {at_least:g}")
         raise CheckpointError(
-            f"{label} must be {_DOMAINS[kind]}, got {_shorten(value)}.",
+            f"{label} must be {domain}, got {_shorten(value)}.",
             "Take the config.json that belongs to the weights.",
         )
     return number  # type: ignore[no-any-return]

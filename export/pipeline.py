@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from edge_llm.manifest import (
     ChatTemplates,
     DecoderGraph,
     Dims,
+    FileEntry,
     Manifest,
     Quantization,
     Source,
@@ -26,33 +29,46 @@ from .architectures.spec import DecoderSpec
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
+from .choices import (
+    BLOCKS,
+    DEFAULT_BLOCK,
+    DEFAULT_QUANTIZATION,
+    LONGEST_DEFAULT_CONTEXT,
+    QUANTIZATIONS,
+)
 from .config import read_config
 from .evaluate.selfcheck import run_once
 from .graph.decoder import build_decoder
 from .quantize.storage import FLOAT32, Storage
 from .writer import BundleWriter, check_target, staged
 
-__all__ = ["BLOCKS", "DEFAULT_BLOCK", "QUANTIZATIONS", "Progress", "export_model"]
+__all__ = ["Progress", "export_model"]
 
-QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
-BLOCKS = (32, 64, 128)
-DEFAULT_BLOCK = 32
-
-# A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
-LONGEST_DEFAULT_CONTEXT = 8192
 MIN_ONNXRUNTIME = "1.32"
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """All that is known before the weights are read."""
+
+    checkpoint: Checkpoint
+    spec: DecoderSpec
+    files: TokenizerFiles
+    storage: Storage
+    context: int
 
 
 def export_model(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    quantize: str = "int4",
+    quantize: str = DEFAULT_QUANTIZATION,
     block: int | None = None,
     max_context: int | None = None,
     revision: str | None = None,
+    token: str | None = None,
     overwrite: bool = False,
     ignore_config: Collection[str] = (),
     progress: Progress | None = None,
@@ -65,9 +81,9 @@ def export_model(
         output: The bundle's folder; must not exist or be empty.
         quantize: "fp32", "int8" or "int4".
         block: Weights that share a scale: 32, 64 or 128 (default 32).
-        max_context: Longest sequence that the bundle can take, in tokens; by default the model's
-            own, but at most 8,192.
+        max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         revision: Branch, tag or commit on the hub.
+        token: The hub's access token (default: ``HF_TOKEN``, or that of ``hf auth login``).
         overwrite: Replace a bundle that is there.
         ignore_config: Keys of config.json that do not change the computation.
         progress: Called with a phase, the work done and the whole work.
@@ -84,52 +100,18 @@ def export_model(
         ExportError: The disk is full, or the output cannot be written.
     """
     storage = _storage(quantize, block)
-    target = Path(output)
-    check_target(target, overwrite=overwrite)
+    target = check_target(Path(output), overwrite=overwrite)
     report = progress or (lambda phase, done, total: None)
+    say = warn or (lambda text: None)
     report("reading", 0, 1)
-    checkpoint = resolve(os.fspath(source), revision=revision)
-    config = read_config(checkpoint.path)
-    spec = read_architecture(config, ignore=ignore_config)
-    context = _context(spec, max_context)
-    files = read_tokenizer(checkpoint.path, config)
-    if files.vocab_size > spec.vocab:
-        raise CheckpointError(
-            f"tokenizer.json has ids up to {files.vocab_size - 1}, but the model's vocabulary "
-            f"has {spec.vocab} rows.",
-            "Use the tokenizer that belongs to this checkpoint.",
-        )
-    for name in files.ignored:
-        if warn:
-            warn(f"generation_config.json: {name} is not supported and was left out")
+    checkpoint = resolve(os.fspath(source), revision=revision, token=token)
+    plan = _read(checkpoint, storage, max_context, ignore_config)
+    for name in plan.files.ignored:
+        say(f"generation_config.json: {name} is not supported and was left out")
     with Weights.open(checkpoint.path) as weights, staged(target, overwrite=overwrite) as stage:
-        _check_tensors(weights, spec)
-        graph, decoder = build_decoder(spec, weights, storage=storage, context=context)
-        total = sum(info.size for group in graph.deferred for info in group.tensors)
-        written = 0
-
-        def count(size: int) -> None:
-            nonlocal written
-            written += size
-            report("writing", written, total)
-
-        writer = BundleWriter(stage)
-        writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
-        chat = _write_texts(writer, files)
-        manifest = _manifest(
-            checkpoint,
-            spec,
-            files,
-            decoder,
-            storage,
-            chat,
-            writer,
-            context,
-            name=checkpoint.path.resolve().name,
-        )
-        writer.write_manifest(manifest)
+        manifest = _write(plan, weights, stage, report)
         report("verifying", 0, 1)
-        run_once(stage)
+        run_once(stage, warn=say)
         report("verifying", 1, 1)
     return manifest
 
@@ -146,6 +128,18 @@ def _storage(quantize: str, block: int | None) -> Storage:
     return Storage(QUANTIZATIONS[quantize], block or DEFAULT_BLOCK)
 
 
+def _read(
+    checkpoint: Checkpoint, storage: Storage, max_context: int | None, ignore: Collection[str]
+) -> _Plan:
+    """Read all but the weights, and refuse what the model cannot be."""
+    config = read_config(checkpoint.path)
+    spec = read_architecture(config, ignore=ignore)
+    context = _context(spec, max_context)
+    files = read_tokenizer(checkpoint.path, config)
+    _check_tokens(files, spec.vocab)
+    return _Plan(checkpoint=checkpoint, spec=spec, files=files, storage=storage, context=context)
+
+
 def _context(spec: DecoderSpec, max_context: int | None) -> int:
     if max_context is None:
         return min(spec.context, LONGEST_DEFAULT_CONTEXT)
@@ -159,6 +153,23 @@ def _context(spec: DecoderSpec, max_context: int | None) -> int:
             "The model was not trained beyond that.",
         )
     return max_context
+
+
+def _check_tokens(files: TokenizerFiles, vocab: int) -> None:
+    """Refuse ids that the model has no row for."""
+    if files.vocab_size > vocab:
+        raise CheckpointError(
+            f"tokenizer.json has ids up to {files.vocab_size - 1}, but the model's vocabulary "
+            f"has {vocab} rows.",
+            "Use the tokenizer that belongs to this checkpoint.",
+        )
+    for name, ids in {"bos": [files.bos], "eos": files.eos, "pad": [files.pad]}.items():
+        for token in ids:
+            if token is not None and token >= vocab:
+                raise CheckpointError(
+                    f"{name}_token_id is {token}, but the model's vocabulary has {vocab} rows.",
+                    "Repair it in generation_config.json and config.json.",
+                )
 
 
 def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
@@ -192,9 +203,35 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
         )
 
 
+def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Manifest:
+    """Write the whole bundle into the stage."""
+    _check_tensors(weights, plan.spec)
+    graph, decoder = build_decoder(plan.spec, weights, storage=plan.storage, context=plan.context)
+    total = sum(info.size for group in graph.deferred for info in group.tensors)
+    written = 0
+
+    def count(size: int) -> None:
+        nonlocal written
+        written += size
+        report("writing", written, total)
+
+    writer = BundleWriter(stage)
+    chat = _write_texts(writer, plan.files)
+    writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
+    manifest = _manifest(plan, decoder, chat, writer.files)
+    writer.write_manifest(manifest)
+    return manifest
+
+
 def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
     """Write the tokenizer and the chat templates."""
-    writer.write("tokenizer.json", files.tokenizer_json.read_bytes())
+    try:
+        tokenizer = files.tokenizer_json.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{files.tokenizer_json} cannot be read: {error.strerror}.", "Download it again."
+        ) from error
+    writer.write("tokenizer.json", tokenizer)
     templates = {}
     for name, source in files.chat_templates.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
@@ -210,43 +247,22 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
 
 
 def _manifest(
-    checkpoint: Checkpoint,
-    spec: DecoderSpec,
-    files: TokenizerFiles,
-    decoder: DecoderGraph,
-    storage: Storage,
-    chat: ChatTemplates,
-    writer: BundleWriter,
-    context: int,
-    *,
-    name: str,
+    plan: _Plan, decoder: DecoderGraph, chat: ChatTemplates, entries: Mapping[str, FileEntry]
 ) -> Manifest:
-    parameters = sum(_count(shape) for shape in spec.tensor_shapes().values())
-    info: dict[str, Any] = {}
-    if files.ignored:
-        info["ignored_generation_config"] = list(files.ignored)
+    checkpoint, spec, files, storage = plan.checkpoint, plan.spec, plan.files, plan.storage
+    ignored: dict[str, Any] = {"ignored_generation_config": list(files.ignored)}
     return Manifest(
         format=FORMAT,
         requires=(),
         min_onnxruntime=MIN_ONNXRUNTIME,
-        name=checkpoint.repo.rsplit("/", 1)[-1] if checkpoint.repo else name,
+        name=(checkpoint.repo or checkpoint.path.resolve().name).rsplit("/", 1)[-1],
         source=Source(
             architecture=spec.architecture,
             repo=checkpoint.repo,
             revision=checkpoint.revision,
             license=checkpoint.license,
         ),
-        dims=Dims(
-            layers=spec.layers,
-            hidden=spec.hidden,
-            intermediate=spec.intermediate,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            vocab=spec.vocab,
-            context=context,
-            parameters=parameters,
-        ),
+        dims=_dims(spec, plan.context),
         decoder=decoder,
         quantization=Quantization(
             method="rtn" if storage.block else "none",
@@ -258,15 +274,22 @@ def _manifest(
         sampling=dict(files.sampling),
         tokenizer="tokenizer.json",
         chat=chat,
-        files=writer.files,
+        files=entries,
         quality=(),
         producer={name: version(name) for name in ("edge-llm", "onnx", "numpy", "onnxruntime")},
-        info=info,
+        info=ignored if files.ignored else {},
     )
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def _dims(spec: DecoderSpec, context: int) -> Dims:
+    return Dims(
+        layers=spec.layers,
+        hidden=spec.hidden,
+        intermediate=spec.intermediate,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        vocab=spec.vocab,
+        context=context,
+        parameters=sum(map(math.prod, spec.tensor_shapes().values())),
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from edge_llm.manifest import MANIFEST_NAME, FileEntry, Manifest
 from .graph.decoder import GRAPH_FILE
 from .graph.recorder import GraphRecorder
 
-__all__ = ["BundleWriter", "staged"]
+__all__ = ["BundleWriter", "check_target", "staged"]
 
 DATA_FILE = f"{GRAPH_FILE}.data"
 
@@ -100,10 +102,10 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     removed on every way out, an interrupt and a full disk included.
 
     Raises:
-        ArgumentError: The target exists and ``overwrite`` is false, or it is not a bundle.
+        ArgumentError: See :func:`check_target`.
         ExportError: The folder cannot be made or written.
     """
-    check_target(target, overwrite=overwrite)
+    target = check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -118,21 +120,59 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ExportError(
             f"Writing {str(target)!r} failed: {error.strerror}; nothing was left behind.",
-            "Free some disk space, or choose another folder.",
+            "Free some disk space, or choose another folder." if full else "Choose another folder.",
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that would destroy something, before any work."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+def check_target(target: Path, *, overwrite: bool) -> Path:
+    """Refuse a target that cannot be replaced, or that would destroy something, before any work.
+
+    Returns:
+        The target behind all symbolic links: they stay, and what they point to is replaced.
+
+    Raises:
+        ArgumentError: The target is not empty and ``overwrite`` is false, or it is not a bundle,
+            or it is a folder that the system does not let go of.
+        ExportError: The target cannot be read.
+    """
+    try:
+        real = target.resolve()
+        if real.is_symlink():
+            raise RuntimeError("its symbolic links lead in a circle")  # resolve()'s own until 3.13
+        if not real.exists():
+            return real
+        empty = real.is_dir() and not any(real.iterdir())
+        held = os.path.ismount(real) or real in (Path.cwd(), *Path.cwd().parents)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(
+            f"Cannot use {str(target)!r}: {reason}.", "Choose another folder."
+        ) from error
+    if not empty:
+        _check_bundle(target, overwrite=overwrite)
+    if held:
+        raise ArgumentError(
+            "output",
+            "a folder that can be replaced as a whole, so no mount point, and neither the current "
+            "folder nor one above it",
+            str(target),
+            "Name a folder inside it.",
+        )
+    return real
+
+
+def _check_bundle(target: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise ArgumentError(
-            "output", "a folder that does not exist or is empty", str(target), "Or overwrite it."
+            "output",
+            "a folder that does not exist or is empty",
+            str(target),
+            "Or pass overwrite=True (--overwrite) to replace the bundle in it.",
         )
     try:
         # Other things keep a manifest.json too, so its name alone does not make it a bundle's.
@@ -155,5 +195,15 @@ def _replace(stage: Path, target: Path) -> None:
         stage.rename(target)
     finally:
         if not target.exists():
-            moved.replace(target)
+            _put_back(moved, target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(moved: Path, target: Path) -> None:
+    try:
+        moved.replace(target)
+    except OSError as error:
+        raise ExportError(
+            f"Replacing {str(target)!r} failed, and so did putting it back: {error.strerror}.",
+            f"The old bundle is whole and lies in {str(moved)!r}: move it yourself.",
+        ) from error

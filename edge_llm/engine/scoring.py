@@ -85,8 +85,9 @@ def log_probabilities(
     Returns:
         float64 [n], in nats.
     """
-    highest = logits.max(axis=1, keepdims=True)
-    sums = np.exp(logits - highest).sum(axis=1, dtype=np.float64)
-    chosen = np.take_along_axis(logits, targets[:, None], axis=1)
-    scores: NDArray[np.float64] = (chosen - highest)[:, 0] - np.log(sums)
+    scores = np.empty(len(targets), np.float64)
+    for i, (row, target) in enumerate(zip(logits, targets, strict=True)):
+        highest = row.max()
+        total = np.exp(row - highest).sum(dtype=np.float64)
+        scores[i] = row[target] - highest - np.log(total)
     return scores

@@ -65,7 +65,7 @@ def import_onnxruntime() -> types.ModuleType:
             "has started threads, writes to the home directory and may open connections. Load the "
             "model before that import, or set ORT_DISABLE_TELEMETRY=1 before Python starts.",
             TelemetryWarning,
-            stacklevel=2,
+            stacklevel=4,  # whoever called LLM(...)
         )
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:

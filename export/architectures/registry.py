@@ -26,6 +26,7 @@ def read_architecture(config: dict[str, Any], *, ignore: Collection[str] = ()) -
         ignore: Keys that the user vouches do not change the computation.
 
     Raises:
+        CheckpointError: A key is missing, or its value is of another type or too small.
         UnsupportedModelError: The family, a key or a value is not known.
     """
     reader = ConfigReader(config)
@@ -42,30 +43,15 @@ def read_architecture(config: dict[str, Any], *, ignore: Collection[str] = ()) -
 
 
 def _check(spec: DecoderSpec) -> None:
-    """Refuse sizes that cannot be a model, before any weight is read."""
-    sizes = (
-        "layers",
-        "hidden",
-        "intermediate",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "vocab",
-        "context",
-    )
-    for name in sizes:
-        if getattr(spec, name) < 1:
-            raise UnsupportedModelError(
-                f"config.json: {name} must be at least 1, got {getattr(spec, name)}.",
-                "Repair config.json.",
-            )
+    """Refuse sizes that do not go together, before any weight is read."""
     if spec.heads % spec.kv_heads:
         raise UnsupportedModelError(
             f"config.json: {spec.heads} query heads cannot share {spec.kv_heads} key/value heads.",
             "num_attention_heads must be a multiple of num_key_value_heads.",
         )
-    if spec.head_dim % 2:
+    if spec.head_dim < 2 or spec.head_dim % 2:
         raise UnsupportedModelError(
-            f"config.json: head_dim must be even for rotary embedding, got {spec.head_dim}.",
-            "Repair config.json.",
+            "config.json: head_dim (or else hidden_size // num_attention_heads) must be even for "
+            f"rotary embedding and at least 2, got {spec.head_dim}.",
+            "Take the config.json that belongs to the weights.",
         )

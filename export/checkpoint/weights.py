@@ -139,7 +139,7 @@ class Weights:
         Raises:
             ArgumentError: The rows are not in the tensor.
             CheckpointError: There is no such tensor, its type is not F32, F16 or BF16, or its
-                file was cut short since it was opened.
+                file cannot be read or was cut short since it was opened.
             ClosedError: The weights were closed.
         """
         tensor = self._tensor(name)
@@ -269,9 +269,14 @@ def _read(tensor: _Tensor, skip: int, shape: tuple[int, ...]) -> NDArray[np.floa
         chunk = target if buffer is None else buffer[: target.size]
         offset = tensor.offset + (skip + begin) * dtype.itemsize
         # Threads share the file and its position. (Reads without one, preadv, Windows lacks.)
-        with tensor.lock:
-            tensor.file.seek(offset)
-            count = tensor.file.readinto(chunk.view(np.uint8).data)
+        try:
+            with tensor.lock:
+                tensor.file.seek(offset)
+                count = tensor.file.readinto(chunk.view(np.uint8).data)
+        except OSError as error:
+            raise CheckpointError(
+                f"{tensor.path} cannot be read: {error.strerror}.", _FETCH_AGAIN
+            ) from error
         if count != chunk.nbytes:
             raise CheckpointError(f"{tensor.path} was cut short during the export.", _FETCH_AGAIN)
         if buffer is not None:

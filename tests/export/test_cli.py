@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import signal
@@ -13,14 +14,27 @@ import pytest
 
 from edge_llm import LLM
 from edge_llm.cli.main import main
-from edge_llm_export import cli, pipeline
+from edge_llm_export import pipeline
 
 Capture = pytest.CaptureFixture[str]
 
 
-def test_choices_are_those_of_the_api() -> None:
-    assert set(cli.QUANTIZATIONS) == set(pipeline.QUANTIZATIONS)
-    assert cli.BLOCKS == pipeline.BLOCKS
+def test_help_does_not_wait_for_the_export_stack() -> None:
+    code = """
+import sys
+from edge_llm.cli.main import main
+assert main(["export", "--help"]) == 0
+print(sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *text, modules = done.stdout.splitlines()
+    loaded = set(ast.literal_eval(modules))
+    assert "edge_llm_export" in loaded
+    assert not loaded & {"numpy", "onnx", "onnxruntime", "safetensors", "huggingface_hub", "tqdm"}
+    shown = " ".join(" ".join(text).split())
+    for choice in ("{fp32,int8,int4}", "(default: int4)", "{32,64,128}", "(default: 32)"):
+        assert choice in shown
+    assert "but at most 8192" in shown
 
 
 def test_export(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -77,6 +91,16 @@ def test_values_outside_their_domain(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_current_folder_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(tmp_path / "none"), "-o", "."]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("edge-llm: --output must be a folder that can be replaced as a whole")
+    assert err.endswith("got '.'. Name a folder inside it.\n")
+
+
 def test_missing_source(tmp_path: Path, capsys: Capture) -> None:
     assert main(["export", str(tmp_path / "none"), "-o", str(tmp_path / "bundle")]) == 1
     err = capsys.readouterr().err
@@ -87,7 +111,7 @@ def test_missing_source(tmp_path: Path, capsys: Capture) -> None:
 def test_interrupt_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def interrupt(folder: Path) -> None:
+    def interrupt(folder: Path, **_: object) -> None:
         assert (folder / "manifest.json").is_file()
         signal.raise_signal(signal.SIGINT)
 

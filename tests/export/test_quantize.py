@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,6 +206,24 @@ def test_rows_are_quantized_alike_in_chunks_of_any_size(
     np.testing.assert_array_equal(packed, pack(integers, storage.bits), strict=True)
     np.testing.assert_array_equal(np.concatenate(list(float_rows(Rows(weights)))), weights)
     np.testing.assert_array_equal(transposed(Rows(weights)), weights.T)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (64, 4)])
+def test_threads_are_few(cores: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have a quota of 2 processors on a machine of 64 that it sees all."""
+    pools: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            pools.append(workers)
+            super().__init__(workers)
+
+    affinity = {"sched_getaffinity": lambda process: set(range(cores))}
+    monkeypatch.setattr(storage_module, "ThreadPoolExecutor", Pool)
+    for names in (affinity, {"cpu_count": lambda: cores}):
+        monkeypatch.setattr(storage_module, "os", SimpleNamespace(**names))
+        quantized_tensors(Rows(random_rows(13, 70)), Storage(4, 32))
+    assert pools == [expected, expected]
 
 
 def test_what_goes_wrong_in_one_chunk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

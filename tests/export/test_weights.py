@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import tracemalloc
 from collections.abc import Mapping
@@ -241,6 +242,17 @@ def test_a_file_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
             file.truncate((tmp_path / SINGLE).stat().st_size - 4)
         with pytest.raises(CheckpointError, match="cut short"):
             weights.read("w")
+
+
+def test_a_file_that_cannot_be_read_any_more_is_named(two_shards: Path) -> None:
+    with Weights.open(two_shards) as weights:
+        # Reading a folder fails as a broken disk does: with an OSError that names no file.
+        folder = os.open(two_shards, os.O_RDONLY)
+        os.dup2(folder, weights._tensors["a"].file.fileno())
+        os.close(folder)
+        with pytest.raises(CheckpointError, match=r"m-1-of-2\.safetensors cannot be read: "):
+            weights.read("a")
+        assert weights.read("b").tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])

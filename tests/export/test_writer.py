@@ -263,7 +263,7 @@ def test_a_target_that_exists_is_refused_before_any_work(tmp_path: Path) -> None
     write_bundle(tmp_path / "bundle", "old")
     before = listing(tmp_path)
     with (
-        pytest.raises(ArgumentError, match=r"output must be .*not exist or is empty.*overwrite"),
+        pytest.raises(ArgumentError, match=r"not exist or is empty.*=True \(--overwrite\)"),
         staged(tmp_path / "bundle", overwrite=False),
     ):
         pytest.fail("there was work")
@@ -392,9 +392,13 @@ def test_an_old_bundle_that_cannot_be_put_back_is_not_deleted(
     write_bundle(target, "old")
     error = OSError(errno.EIO, "Input/output error")
     fail_moves(monkeypatch, error, lambda source, other: other == target)
-    with pytest.raises(ExportError), staged(target, overwrite=True) as stage:
+    with (
+        pytest.raises(ExportError, match="putting it back: Input/output error") as caught,
+        staged(target, overwrite=True) as stage,
+    ):
         write_bundle(stage, "new")
     (left,) = tmp_path.glob("*/bundle")
+    assert repr(str(left)) in caught.value.remedy
     assert Bundle.open(left, verify=True).manifest.name == "old"
 
 
@@ -423,14 +427,73 @@ def test_a_relative_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with staged(Path("bundle"), overwrite=False) as stage:
         write_bundle(stage)
     Bundle.open(tmp_path / "bundle")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    # The current folder cannot be exchanged for another on every system, but is never harmed.
+
+
+@pytest.mark.parametrize(("overwrite", "inside"), [(False, "."), (True, "."), (True, "inner")])
+def test_the_current_folder_is_refused_before_any_work(
+    overwrite: bool, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    if overwrite:
+        write_bundle(target, "old")
+    (target / inside).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(target / inside)
     before = listing(tmp_path)
-    try:
-        with staged(Path(), overwrite=False) as stage:
-            write_bundle(stage)
-    except ExportError:
-        assert listing(tmp_path) == before
-    else:
-        Bundle.open(tmp_path / "here")
+    for name in (Path(os.path.relpath(target)), target):
+        with (
+            pytest.raises(ArgumentError, match=r"replaced as a whole.*Name a folder inside it\."),
+            staged(name, overwrite=overwrite),
+        ):
+            pytest.fail("there was work")
+    assert listing(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = tmp_path / "volume"
+    mounted.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == mounted)
+    with pytest.raises(ArgumentError, match=r"no mount point.*volume'. Name a folder inside"):
+        check_target(mounted, overwrite=False)
+    with staged(mounted / "bundle", overwrite=False) as stage:
+        write_bundle(stage)
+    Bundle.open(mounted / "bundle")
+
+
+@pytest.mark.parametrize("content", ["nothing", "empty", "bundle"])
+def test_a_link_stays_a_link(content: str, tmp_path: Path) -> None:
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    link.symlink_to(Path("elsewhere", "real"))
+    if content == "empty":
+        real.mkdir(parents=True)
+    elif content == "bundle":
+        write_bundle(real, "old")
+    with staged(link, overwrite=content == "bundle") as stage:
+        assert stage.parent == real.parent, "the last step is a rename on one file system"
+        write_bundle(stage, "new")
+    assert link.is_symlink()
+    assert not real.is_symlink()
+    assert Bundle.open(real, verify=True).manifest.name == "new"
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_links_in_a_circle_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with (
+        pytest.raises(ExportError, match=r"Cannot use .*a'"),
+        staged(tmp_path / "a", overwrite=True),
+    ):
+        pytest.fail("there was work")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBUSY])
+def test_disk_space_is_the_remedy_for_a_full_disk_only(code: int, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExportError, match=os.strerror(code)) as caught,
+        staged(tmp_path / "bundle", overwrite=False),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert ("disk space" in caught.value.remedy) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert "another folder" in caught.value.remedy

@@ -1,0 +1,22 @@
+"""What an export can be asked for; imports nothing, so that ``edge-llm --help`` need not wait."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BLOCKS",
+    "DEFAULT_BLOCK",
+    "DEFAULT_QUANTIZATION",
+    "LONGEST_DEFAULT_CONTEXT",
+    "QUANTIZATIONS",
+]
+
+QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
+"""Bits of a weight, by name."""
+DEFAULT_QUANTIZATION = "int4"
+
+BLOCKS = (32, 64, 128)
+"""How many weights may share a scale."""
+DEFAULT_BLOCK = 32
+
+# A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
+LONGEST_DEFAULT_CONTEXT = 8192
