@@ -1,7 +1,7 @@
 """How fast a loaded model is here: prompt and decode speed, first token, memory, heat.
 
-Prompts are random tokens, each with another first one than the one before it, so that none finds its
-prefix in the cache. Every figure is a median over repeats that come after a warm-up.
+Prompts are random tokens, and each starts with another one than the prompt before, so that none
+finds its prefix in the cache. Every figure is a median over repeats that come after a warm-up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_llm.errors import ArgumentError
 from edge_llm.llm import LLM
-from edge_llm.results import Usage
+from edge_llm.results import Chunk, Usage
 from edge_llm.runtime import device
 from edge_llm.runtime.session import import_onnxruntime
 
@@ -60,8 +60,8 @@ class DecodeSpeed:
     Attributes:
         prompt_tokens: Tokens in front of the answer.
         tokens: Tokens of each answer.
-        per_token: Median seconds from one token to the next, as ``stream()`` gives them.
-        per_token_p95: The 95th percentile.
+        per_token: Seconds from one token to the next: each answer's mean, the median of answers.
+        per_token_p95: The 95th percentile of the gaps in which a reader of ``stream()`` gets them.
         tokens_per_second: ``1 / per_token``.
     """
 
@@ -259,12 +259,17 @@ def measure_decode(
     """
     _check("max_tokens", max_tokens, 2)
     gaps: list[float] = []
+    means: list[float] = []
     for repeat in range(1 + repeats):
-        measured, usage = _gaps(llm, next(prompts)[:prompt_tokens], max_tokens)
+        measured, last = _gaps(llm, next(prompts)[:prompt_tokens], max_tokens)
+        assert last.usage is not None
+        assert last.timings is not None
+        assert last.timings.per_token is not None
         if repeat:
-            _check_reuse(usage)
+            _check_reuse(last.usage)
             gaps += measured
-    median = statistics.median(gaps)
+            means.append(last.timings.per_token)
+    median = statistics.median(means)
     return DecodeSpeed(
         prompt_tokens=prompt_tokens,
         tokens=max_tokens,
@@ -308,13 +313,15 @@ def _prompts(rng: np.random.Generator, vocab: int, tokens: int) -> Iterator[list
         yield prompt
 
 
-def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[float], Usage]:
-    """Seconds before each token but the first; a chunk of several tokens shares its time out."""
+def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[float], Chunk]:
+    """Seconds before each token but the first, and the last chunk.
+
+    A chunk of several tokens shares its time out.
+    """
     started = time.perf_counter()
     arrivals = []
     for chunk in llm.stream(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0):
         arrivals.append((time.perf_counter(), len(chunk.tokens)))
-    assert chunk.usage is not None
     assert chunk.timings is not None
     assert chunk.timings.first_token is not None
     # A character may need several tokens, so the first token may come with others.
@@ -325,12 +332,12 @@ def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[float], Us
         gaps += [(now - before) / tokens] * tokens if tokens else []
         before = now
     assert len(gaps) == max_tokens - 1
-    return gaps, chunk.usage
+    return gaps, chunk
 
 
 def _check_reuse(usage: Usage) -> None:
-    # A prompt that was not computed whole would look faster than any is. The warm-up's may begin like
-    # what the cache held before, which is somebody else's.
+    # A prompt that was not computed whole would look faster than any is. Not asked of a warm-up:
+    # its prompt may begin like what somebody else has left in the cache.
     assert usage.reused_tokens == 0
 
 

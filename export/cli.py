@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
+from edge_llm.cli.layout import write
 from edge_llm.errors import ExportError
 
 from .choices import (
@@ -82,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
     size = sum(entry.size for entry in manifest.files.values())
     if arguments.json:
         document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
-        print(json.dumps(document))
+        write(json.dumps(document) + "\n")
     else:
         print(
             f"Wrote {folder} ({size / 1e6:,.1f} MB). Run it with: "

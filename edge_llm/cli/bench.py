@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import Progress, megabytes, table
+from edge_llm.cli.layout import Progress, megabytes, table, write
 from edge_llm.cli.options import add_model_flags, load_model, require_model
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def _run(arguments: argparse.Namespace) -> int:
             )
     finally:
         progress.show("")
-    print(json.dumps(dataclasses.asdict(report)) if arguments.json else _describe(report))
+    text = json.dumps(dataclasses.asdict(report)) if arguments.json else _describe(report)
+    write(text + "\n")
     return 0
 
 

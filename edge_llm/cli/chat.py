@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import re
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import checked, describe, read_text, write
+from edge_llm.cli.layout import checked, describe, explain, notice, read_text, stdin, write
 from edge_llm.cli.options import (
     add_generate_flags,
     add_model_flags,
@@ -83,58 +84,51 @@ class Chat:
 
         What was answered stays in the history; a message without any answer does not.
         """
-        self.history.append({"role": "user", "content": text})
         cancel = threading.Event()
         options: GenerateOptions = {**self._options, "cancel": cancel}
         pieces: list[str] = []
-        try:
-            with _interrupts(cancel):
-                self._make_room()
-                for chunk in self._llm.stream_chat(
-                    [*self._system, *self.history], template=self._template, **options
-                ):
-                    write(chunk.text)
+        with _interrupts(cancel):
+            message = {"role": "user", "content": text}
+            dropped = self._turns_to_drop(message)
+            kept = [*self.history[2 * dropped :], message]
+            # What is refused is refused by this call, before anything is forgotten.
+            chunks = self._llm.stream_chat(
+                [*self._system, *kept], template=self._template, **options
+            )
+            self.history = kept
+            if dropped:
+                notice(f"(the context is full: forgot the oldest {dropped} of our turns)")
+            try:
+                for chunk in chunks:
                     pieces.append(chunk.text)
-                    self._last = chunk
-        finally:
-            answer = "".join(pieces)
-            if answer or (pieces and not cancel.is_set()):
-                self.history.append({"role": "assistant", "content": answer})
-            else:
-                self.history.pop()
+                    write(chunk.text)
+            finally:
+                answer = "".join(pieces)
+                if answer or (pieces and not cancel.is_set()):
+                    self.history.append({"role": "assistant", "content": answer})
+                else:
+                    self.history.pop()
+        self._last = chunk
         write("" if answer.endswith("\n") else "\n")
-        self._explain()
+        explain(chunk.finish_reason, self._options)
 
-    def _explain(self) -> None:
-        assert self._last is not None
-        if self._last.finish_reason == "cancelled":
-            notice("(stopped)")
-        elif self._last.finish_reason == "timeout":
-            notice("(stopped: the time was up)")
-        elif self._last.finish_reason == "length":
-            limit = "--max-tokens" if "max_tokens" in self._options else "the context is full"
-            notice(f"(cut off: {limit})")
-
-    def _make_room(self) -> None:
-        """Drop the oldest turns where prompt and answer would not fit into the context.
+    def _turns_to_drop(self, message: dict[str, str]) -> int:
+        """How many of the oldest turns to forget, so that prompt and answer fit into the context.
 
         A shortened conversation is computed anew from where it differs, so at once enough is
         dropped to leave half of the room free: the next turns then find their prefix in the cache.
         """
         reserve = self._options.get("max_tokens") or self._llm.context // 4
         room = self._llm.context - reserve
-        if self._prompt_tokens() <= room:
-            return
-        dropped = 0
-        while len(self.history) > 1 and self._prompt_tokens() > room // 2:
-            del self.history[:2]
-            dropped += 1
-        if dropped:
-            notice(f"(the context is full: forgot the oldest {dropped} of our turns)")
 
-    def _prompt_tokens(self) -> int:
-        messages = [*self._system, *self.history]
-        return len(self._llm.apply_chat_template(messages, template=self._template))
+        def tokens(dropped: int) -> int:
+            messages = [*self._system, *self.history[2 * dropped :], message]
+            return len(self._llm.apply_chat_template(messages, template=self._template))
+
+        if tokens(0) <= room:
+            return 0
+        turns = range(len(self.history) // 2)
+        return bisect.bisect_left(turns, True, key=lambda dropped: tokens(dropped) <= room // 2)
 
     def _stats(self) -> None:
         last = self._last
@@ -147,11 +141,6 @@ class Chat:
         notice(describe(last.usage, last.timings, last.finish_reason))
         held = last.usage.total_tokens if self.history else 0
         notice(f"context {held} of {self._llm.context} tokens · {len(self.history) // 2} turns")
-
-
-def notice(text: str) -> None:
-    """Tell the user something that is no part of an answer."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -176,12 +165,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     require_model(arguments)
+    terminal = stdin().isatty()
     system = None if arguments.system is None else checked(arguments.system, "--system")
     template = arguments.template or "default"
     with load_model(arguments) as llm:
         require_template(llm, template)
         chat = Chat(llm, system=system, template=template, options=generate_options(arguments))
-        terminal = sys.stdin.isatty()
         if terminal:
             notice(f"{llm.manifest.name} · context {llm.context} tokens · /help lists the commands")
         return _loop(chat, terminal=terminal)

@@ -9,7 +9,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import Progress, megabytes, table
+from edge_llm.cli.layout import Progress, megabytes, table, write
 from edge_llm.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -41,35 +41,37 @@ def _run(arguments: argparse.Namespace) -> int:
     from edge_llm.bundle import Bundle
 
     progress = Progress()
-    bundle = Bundle.open(
-        arguments.bundle,
-        verify=arguments.verify,
-        on_file=lambda name: progress.show(f"verifying {name} ..."),
-    )
-    progress.show("")
+    try:
+        bundle = Bundle.open(
+            arguments.bundle,
+            verify=arguments.verify,
+            on_file=lambda name: progress.show(f"verifying {name} ..."),
+        )
+    finally:
+        progress.show("")
     memory = _memory(bundle, _contexts(bundle.manifest, arguments.context))
     machine = _machine()
     if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "path": str(bundle.path),
-                    "size": bundle.size,
-                    "verified": arguments.verify,
-                    "manifest": dataclasses.asdict(bundle.manifest),
-                    "memory": memory,
-                    "machine": machine,
-                }
-            )
-        )
+        document = {
+            "path": str(bundle.path),
+            "size": bundle.size,
+            "verified": arguments.verify,
+            "manifest": dataclasses.asdict(bundle.manifest),
+            "memory": memory,
+            "machine": machine,
+        }
+        write(json.dumps(document) + "\n")
         return 0
-    print(_describe_model(bundle.manifest))
-    print(f"\nFiles, {megabytes(bundle.size)}{' (verified)' if arguments.verify else ''}")
     files = bundle.manifest.files
-    print(table(((name, megabytes(files[name].size)) for name in sorted(files)), indent="  "))
-    print(_describe_memory(memory))
-    print("\nThis machine")
-    print(_pairs(machine | {"memory_available": megabytes(machine["memory_available"])}))
+    parts = [
+        _describe_model(bundle.manifest),
+        f"\nFiles, {megabytes(bundle.size)}{' (verified)' if arguments.verify else ''}",
+        table(((name, megabytes(files[name].size)) for name in sorted(files)), indent="  "),
+        _describe_memory(memory),
+        "\nThis machine",
+        _pairs(machine | {"memory_available": megabytes(machine["memory_available"])}),
+    ]
+    write("\n".join(parts) + "\n")
     return 0
 
 
@@ -169,7 +171,7 @@ def _describe_memory(memory: dict[str, Any]) -> str:
             f"  weights, prepared        about {megabytes(prepared)}: an estimate; ONNX Runtime "
             "packs a copy for this processor",
             table(rows),
-            "  Python and its libraries come on top. A cache takes memory as it fills.",
+            "  Python and its libraries take some 100 MB on top. A cache takes memory as it fills.",
         ]
     )
 

@@ -4,20 +4,71 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from edge_llm.errors import EdgeLLMError
 
 if TYPE_CHECKING:
+    from edge_llm.options import GenerateOptions
     from edge_llm.results import FinishReason, Timings, Usage
 
-__all__ = ["Progress", "checked", "describe", "megabytes", "read_text", "table", "write"]
+__all__ = [
+    "STDOUT",
+    "Progress",
+    "checked",
+    "describe",
+    "explain",
+    "megabytes",
+    "notice",
+    "read_text",
+    "stdin",
+    "table",
+    "write",
+]
+
+STDOUT = "stdout"
 
 
 def write(text: str) -> None:
-    """Write a piece of an answer to stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Write to stdout, at once, and what print() has left there.
+
+    Raises:
+        OSError: It cannot be written to; the error's ``filename`` is ``STDOUT``.
+    """
+    try:
+        if text:  # unbuffered, even nothing fails on /dev/full
+            sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = STDOUT
+        raise
+
+
+def notice(text: str) -> None:
+    """Tell the user something that is no part of an answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def explain(reason: FinishReason | None, options: GenerateOptions) -> None:
+    """Tell the user why an answer ended, unless it was finished."""
+    if reason == "cancelled":
+        notice("(stopped)")
+    elif reason == "timeout":
+        notice("(stopped: the time was up)")
+    elif reason == "length":
+        limit = "--max-tokens" if "max_tokens" in options else "the context is full"
+        notice(f"(cut off: {limit})")
+
+
+def stdin() -> TextIO:
+    """The standard input.
+
+    Raises:
+        EdgeLLMError: The process was started without one.
+    """
+    if sys.stdin is None:
+        raise EdgeLLMError("stdin is closed.", "Pipe a text in, or start from a terminal.")
+    return sys.stdin
 
 
 def checked(text: str, source: str) -> str:

@@ -12,11 +12,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from edge_llm import __version__
 from edge_llm.cli import bench, chat, info, run
 from edge_llm.cli.command import Command
+from edge_llm.cli.layout import STDOUT, write
 from edge_llm.errors import ArgumentError, EdgeLLMError
 
 __all__ = ["main"]
@@ -36,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal or a pipe of another encoding gets "?" rather than an end in mid-answer.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
+    if sys.stdout is None:
+        print("edge-llm: stdout is closed.", file=sys.stderr)
+        return 1
     try:
         try:
             return _dispatch(argv)
         finally:
-            sys.stdout.flush()
+            write("")
     except SystemExit as end:  # argparse's way to end
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
@@ -52,10 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(file=sys.stderr)  # the shell's prompt goes on a line of its own
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more when it exits, and would complain.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        # A file that cannot be read or written; without a name it is no mistake of the user's.
+        if error.filename is None:
+            raise
+        if error.filename == STDOUT:
+            _discard_stdout()
+        return _fail(f"{error.filename}: {error.strerror}")
+
+
+def _prepare_streams() -> None:
+    # Python has None for a stream that was closed before it started; print(file=None) is stdout.
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for good
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a pipe of another encoding gets "?" rather than an end in mid-answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
@@ -68,27 +85,29 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         try:
             return command.run(arguments)
         except EdgeLLMError as error:
-            return _fail(_in_flags(error, arguments.parser))
-        except OSError as error:
-            # A file that cannot be read or written; without a name it is no mistake of the user's.
-            if error.filename is None:
-                raise
-            return _fail(f"{error.filename}: {error.strerror}")
+            return _fail(_in_flags(error, arguments))
+
+
+def _discard_stdout() -> None:
+    # Python flushes stdout once more when it exits, and would complain.
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
-    sys.stdout.flush()
+    write("")
     print("edge-llm:", " ".join(message.splitlines()), file=sys.stderr)
     return 1
 
 
-def _in_flags(error: EdgeLLMError, parser: argparse.ArgumentParser) -> str:
-    """The message, with the argument's name as the user writes it here."""
+def _in_flags(error: EdgeLLMError, arguments: argparse.Namespace) -> str:
+    """The message, with the argument's name as the user writes it here, where it was given."""
     text = str(error)
     if isinstance(error, ArgumentError) and text.startswith(f"{error.argument} "):
-        for action in parser._actions:
-            flags = [flag for flag in action.option_strings if flag.startswith("--")]
-            if action.dest == error.argument and flags:
+        for action in arguments.parser._actions:
+            flags: list[str] = [flag for flag in action.option_strings if flag.startswith("--")]
+            given = getattr(arguments, action.dest, action.default) != action.default
+            if action.dest == error.argument and flags and given:
                 return flags[0] + text[len(error.argument) :]
     return text
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import checked, describe, read_text, write
+from edge_llm.cli.layout import checked, describe, explain, notice, read_text, stdin, write
 from edge_llm.cli.options import (
     add_generate_flags,
     add_model_flags,
@@ -68,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         answer: Completion | Chunk
         if arguments.json:
             answer = llm.generate(tokens, **options)
-            print(json.dumps(_document(answer)))
+            write(json.dumps(_document(answer)) + "\n")
         else:
             text = ""
             for answer in llm.stream(tokens, **options):
@@ -76,20 +75,22 @@ def _run(arguments: argparse.Namespace) -> int:
                 write(answer.text)
             if not text.endswith("\n"):
                 write("\n")
+            explain(answer.finish_reason, options)
     if arguments.stats:
         assert answer.usage is not None
         assert answer.timings is not None
         assert answer.finish_reason is not None
-        print(describe(answer.usage, answer.timings, answer.finish_reason), file=sys.stderr)
+        notice(describe(answer.usage, answer.timings, answer.finish_reason))
     return 0
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt not in (None, "-"):
         return checked(arguments.prompt, "PROMPT")
-    if arguments.prompt is None and sys.stdin.isatty():
+    source = stdin()
+    if arguments.prompt is None and source.isatty():
         arguments.parser.error("no prompt given: write it behind the command, or pipe it in")
-    return read_text(sys.stdin.read, "stdin").removesuffix("\n").removesuffix("\r")
+    return read_text(source.read, "stdin").removesuffix("\n").removesuffix("\r")
 
 
 def _tokens(llm: LLM, prompt: str, arguments: argparse.Namespace) -> str | list[int]:

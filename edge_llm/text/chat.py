@@ -30,25 +30,14 @@ class ChatTemplate:
 
     Args:
         source: The template's text.
-        bos_token: What `bos_token` stands for in it; None leaves it undefined.
-        eos_token: The same for `eos_token`.
-        special_tokens: Further token strings by variable name (`pad_token`, ...).
+        special_tokens: Token strings by the variable that stands for them (`bos_token`, ...).
     """
 
     __slots__ = ("_variables", "source")
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
-        named = {"bos_token": bos_token, "eos_token": eos_token}
         self._variables = dict(special_tokens or {})
-        self._variables.update({name: s for name, s in named.items() if s is not None})
 
     def render(
         self,
@@ -282,10 +271,12 @@ class _Masks:
 
     def _special(self, text: str) -> str:
         while spans := self._special_spans(text):
+            characters = list(text)
             for start, stop in spans:
-                at = next((i for i in range(start, stop) if self._maskable(text[i])), None)
+                at = next((i for i in range(start, stop) if self._maskable(characters[i])), None)
                 if at is not None:
-                    text = self._masked_at(text, at)
+                    characters[at] = self._stand_in(characters[at])
+            text = "".join(characters)
         return self._edges(text, self._spellings.special)
 
     def _special_spans(self, text: str) -> list[tuple[int, int]]:

@@ -223,6 +223,7 @@ class _WordEnds:
 class _ByteRuns:
     """Byte tokens `<0x41>`: a run of them is text if all of it is UTF-8, else U+FFFD each."""
 
+    # The library parses the two characters with Rust's from_str_radix, which takes a plus sign.
     _BYTE = re.compile("<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 
     _broken: bool

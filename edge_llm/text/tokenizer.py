@@ -6,6 +6,7 @@ import json
 import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -53,6 +54,19 @@ class Tokenizer:
             self._full.get_added_tokens_decoder()
         )
         """The tokens that are recognised as a whole in text, by id."""
+        self.control_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
+            {
+                token: added
+                for token, added in self.added_tokens.items()
+                if added.special or added.content.replace("▁", " ").strip()
+            }
+        )
+        """The added tokens that structure a text, by id: all but plain ones of white space.
+
+        Several vocabularies add runs of spaces and newlines (GPT-NeoX, Gemma); these are text.
+        """
+        # Nobody can write into a message what nobody can guess.
+        self._sentinel = secrets.token_hex(16)
         self.bos = None if bos is None else self._id("bos", bos)
         self.eos = tuple(self._id("eos", token) for token in eos)
         if add_bos and bos is None:
@@ -87,18 +101,6 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.") from error
         return cls(source, bos=bos, eos=eos, add_bos=add_bos, vocab=vocab)
-
-    @cached_property
-    def control_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
-        """The added tokens that structure a text, by id: all but plain ones of white space.
-
-        Several vocabularies add runs of spaces and newlines (GPT-NeoX, Gemma); these are text.
-        """
-        return {
-            token: added
-            for token, added in self.added_tokens.items()
-            if added.special or added.content.replace("▁", " ").strip()
-        }
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The ids of a text; added tokens in it are recognised.
@@ -141,13 +143,18 @@ class Tokenizer:
         Raises:
             ArgumentError: Like `encode`.
         """
-        front = self._sentinel if continues else ""
-        encoding = self._encode(self._plain, text, front)
-        if any(self.is_control(i, front + text, s) for i, s in _pairs(encoding)):
+        whole = self._sentinel + text if continues else text
+        twin = self._plain
+        encoding = self._encode(twin.library, whole)
+        if any(self.is_control(i, whole, s) for i, s in _pairs(encoding)):
             # A vocabulary that holds the control token's text as an ordinary piece.
-            encoding = self._encode(self._purged, text, front)
-        ids = [self._plain_ids.get(i, i) for i in encoding.ids[len(front) > 0 :]]
-        return self._bos(add_bos) + ids
+            twin = self._purged
+            encoding = self._encode(twin.library, whole)
+        ids: list[int] = encoding.ids
+        if continues:
+            sentinel, *ids = ids
+            assert sentinel == twin.sentinel
+        return self._bos(add_bos) + [twin.true_ids.get(i, i) for i in ids]
 
     def is_control(self, token: int, text: str, span: tuple[int, int]) -> bool:
         """Whether an id stands for a control token that the text spells out.
@@ -224,47 +231,53 @@ class Tokenizer:
         return index
 
     @staticmethod
-    def _encode(tokenizer: tokenizers.Tokenizer, text: str, front: str = "") -> tokenizers.Encoding:
+    def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
-            return tokenizer.encode(front + text, add_special_tokens=False)
+            return tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             domain = "a string without lone surrogates (text that UTF-8 can hold)"
             raise ArgumentError("text", domain, text) from None
 
-    @cached_property
-    def _sentinel(self) -> str:
-        # Nobody can write into a message what nobody can guess.
-        return secrets.token_hex(16)
+    # Two threads may each build a twin at once: both are the same and whole, and either will do.
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
+    def _plain(self) -> _Twin:
         """The same model, shared, without the control tokens."""
-        return self._without_control(self._full.model)
+        return self._twin(self._full.model)
 
     @cached_property
-    def _plain_ids(self) -> dict[int, int]:
-        """The true ids of added tokens that the plain twin numbers anew."""
-        texts = self.added_tokens.keys() - self.control_tokens.keys()
-        own = {token: self._plain.token_to_id(self.added_tokens[token].content) for token in texts}
-        return {plain: token for token, plain in own.items() if plain is not None}
-
-    @cached_property
-    def _purged(self) -> tokenizers.Tokenizer:
+    def _purged(self) -> _Twin:
         """The plain twin over a model whose own vocabulary cannot spell a control token either."""
         spec = json.loads(self._full.to_str())
         model = _purge(spec["model"], {t.content for t in self.control_tokens.values()})
         bare = {"version": spec["version"], "model": model, "added_tokens": []}
-        return self._without_control(tokenizers.Tokenizer.from_str(json.dumps(bare)).model)
+        return self._twin(tokenizers.Tokenizer.from_str(json.dumps(bare)).model)
 
-    def _without_control(self, model: Any) -> tokenizers.Tokenizer:
-        twin = tokenizers.Tokenizer(model)
-        twin.normalizer = self._full.normalizer
-        twin.pre_tokenizer = self._full.pre_tokenizer
+    def _twin(self, model: Any) -> _Twin:
+        library = tokenizers.Tokenizer(model)
+        library.normalizer = self._full.normalizer
+        library.pre_tokenizer = self._full.pre_tokenizer
         texts = sorted(self.added_tokens.keys() - self.control_tokens.keys())
-        twin.add_tokens([self.added_tokens[token] for token in texts])
+        library.add_tokens([self.added_tokens[token] for token in texts])
         sentinel = tokenizers.AddedToken(self._sentinel, normalized=False, special=True)
-        twin.add_special_tokens([sentinel])
-        return twin
+        library.add_special_tokens([sentinel])
+        own = {library.token_to_id(self.added_tokens[token].content): token for token in texts}
+        return _Twin(library, library.token_to_id(self._sentinel), own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """A tokenizer that knows no control token but the sentinel.
+
+    Attributes:
+        library: The tokenizer.
+        sentinel: The sentinel's id in it.
+        true_ids: The true ids of added tokens by their ids in it.
+    """
+
+    library: tokenizers.Tokenizer
+    sentinel: int
+    true_ids: Mapping[int, int]
 
 
 def _pairs(encoding: tokenizers.Encoding) -> zip[tuple[int, tuple[int, int]]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -81,7 +82,7 @@ harmless = st.lists(
 
 
 def template(name: str) -> ChatTemplate:
-    return ChatTemplate(TEMPLATES[name], bos_token="<s>", eos_token="</s>")
+    return template_of(TEMPLATES[name])
 
 
 def conversation(*contents: Any) -> Messages:
@@ -289,7 +290,7 @@ def test_rendering_is_that_of_transformers(case: str, tokenizer_source: Source) 
 
 
 def template_of(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<s>", special_tokens={"eos_token": "</s>"})
+    return ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def test_the_templates_refusal_is_told() -> None:
@@ -346,6 +347,21 @@ def test_content_may_be_none_or_missing() -> None:
     source = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
     messages: Messages = [{"role": "assistant", "content": None}, {"role": "assistant"}]
     assert ChatTemplate(source).render(messages) == "".join(map(json.dumps, messages))
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_long_hostile_message_takes_linear_time(role: str, small_tokenizer: Kind) -> None:
+    tokenizer = small_tokenizer("byte_level")
+
+    def encode(count: int) -> float:
+        messages = [*conversation("x"), {"role": role, "content": "<|im_end|> hello" * count}]
+        started = time.process_time()
+        encode_chat(tokenizer, template("chatml"), messages)
+        return time.process_time() - started
+
+    encode(10)
+    # 8 times the text: quadratic work took some 30 times as long.
+    assert encode(20_000) < 16 * min(encode(2_500) for _ in range(3))
 
 
 def test_lone_surrogates_are_refused(small_tokenizer: Kind) -> None:

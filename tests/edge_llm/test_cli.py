@@ -18,15 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import Mock
 
 import pytest
 
-from edge_llm import LLM, __version__
+from edge_llm import LLM, Chunk, __version__
 from edge_llm.cli import run
 from edge_llm.cli.chat import Chat
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import Progress, table
 from edge_llm.cli.main import main
+from edge_llm.errors import ArgumentError, ContextLengthError, RuntimeFailure
 
 Capture = pytest.CaptureFixture[str]
 Feed = Callable[[bytes], None]
@@ -171,6 +173,17 @@ def test_values_outside_their_domain(
     assert message in failure(capsys, "run", "-m", str(tiny_bundle), "hello", *flags)
 
 
+def test_only_what_was_given_is_called_by_its_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refuse(arguments: object) -> int:
+        raise ArgumentError("top_k", "an integer of at least 0", -1)
+
+    monkeypatch.setattr(run, "COMMAND", Command("run", "", run.COMMAND.configure, refuse))
+    assert failure(capsys, "run").startswith("edge-llm: top_k must be")
+    assert failure(capsys, "run", "--top-k", "-1").startswith("edge-llm: --top-k must be")
+
+
 def test_unreadable_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def refuse(arguments: object) -> int:
         raise PermissionError(13, "Permission denied", "model.onnx")
@@ -206,7 +219,7 @@ def test_verbose_logs_to_stderr_before_and_behind_the_command(
         assert main(argv) == 0
         assert "edge_llm DEBUG opening" in capsys.readouterr().err
     assert main(["run", *rest]) == 0
-    assert capsys.readouterr().err == ""
+    assert "DEBUG" not in capsys.readouterr().err
     assert logging.getLogger("edge_llm").level == logging.NOTSET
 
 
@@ -224,6 +237,94 @@ def test_closed_pipe_ends_quietly(argv: list[str], tiny_bundle: Path) -> None:
     with process.stderr as stream:
         assert stream.read() == b""
     assert process.wait(timeout=60) == 141
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="sh redirects otherwise there")
+
+
+def redirected(
+    redirection: str, *argv: object, unbuffered: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The command, started by a shell with a redirection."""
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+    return subprocess.run(
+        [*shell, *command(*argv)],
+        env={**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@posix
+@pytest.mark.parametrize("argv", [["chat", "-m"], ["run", "-m"], ["run", "-", "-m"]])
+def test_closed_stdin(argv: list[str], tiny_bundle: Path) -> None:
+    done = redirected("<&-", *argv, tiny_bundle)
+    assert done.stderr.startswith("edge-llm: stdin is closed. ")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+@posix
+def test_closed_stdin_that_is_not_needed(tiny_bundle: Path) -> None:
+    done = redirected("<&-", "run", "hello", "--max-tokens", 1, "-m", tiny_bundle)
+    assert (done.returncode, done.stderr) == (0, "(cut off: --max-tokens)\n")
+
+
+@posix
+@pytest.mark.parametrize("argv", [["chat", "-m"], ["run", "hello", "-m"], ["info"]])
+def test_closed_stdout(argv: list[str], tiny_bundle: Path) -> None:
+    done = redirected(">&-", *argv, tiny_bundle)
+    assert (done.returncode, done.stderr) == (1, "edge-llm: stdout is closed.\n")
+
+
+@posix
+def test_closed_stderr_leaves_stdout_clean(tiny_bundle: Path, tmp_path: Path) -> None:
+    argv = ["run", "hello", "--max-tokens", 1, "--stats", "-m", tiny_bundle]
+    assert redirected("2>&-", *argv).stdout == redirected("2>/dev/null", *argv).stdout
+    done = redirected("2>&-", "info", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
+
+
+@full
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["info", "--help"],  # printed by argparse
+        ["info"],
+        ["info", "--json"],
+        ["run", "hello", "-m"],
+        ["run", "hello", "--json", "--logprobs", "50", "-m"],  # more than a buffer
+    ],
+)
+def test_full_stdout(argv: list[str], tiny_bundle: Path) -> None:
+    done = redirected(">/dev/full", *argv, tiny_bundle)
+    expected = (1, "edge-llm: stdout: No space left on device\n")
+    assert (done.returncode, done.stderr) == expected
+    if "--help" not in argv:
+        done = redirected(">/dev/full", *argv, tiny_bundle, unbuffered=True)
+        assert (done.returncode, done.stderr) == expected
+
+
+@full
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_full_stdout_does_not_hide_another_error(unbuffered: bool, tmp_path: Path) -> None:
+    done = redirected(">/dev/full", "info", tmp_path, unbuffered=unbuffered)
+    assert done.returncode == 1
+    assert "is not a bundle" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_not_taken_for_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "COMMAND", Command("run", "", lambda parser: None, refuse))
+    with pytest.raises(OSError, match="No space left"):
+        main(["run"])
 
 
 # Commands of other packages
@@ -293,7 +394,9 @@ def test_run_uses_the_chat_template(tiny_bundle: Path, tiny_llm: LLM, capsys: Ca
     messages = [{"role": "user", "content": "hello"}]
     expected = tiny_llm.chat(messages, max_tokens=12).text
     assert main(["run", "-m", str(tiny_bundle), "hello", "--max-tokens", "12"]) == 0
-    assert capsys.readouterr() == (expected.removesuffix("\n") + "\n", "")
+    out, err = capsys.readouterr()
+    assert out == expected.removesuffix("\n") + "\n"
+    assert err == "(cut off: --max-tokens)\n"
     assert main(["run", "-m", str(tiny_bundle), "hello", "--max-tokens", "12", "--chat"]) == 0
     assert capsys.readouterr().out == expected.removesuffix("\n") + "\n"
 
@@ -358,12 +461,30 @@ def test_run_flags_reach_the_model(tiny_bundle: Path, tiny_llm: LLM, capsys: Cap
     assert document["tokens"] == list(tiny_llm.generate("one", **options).tokens)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-tokens", "3"], "(cut off: --max-tokens)\n"),
+        (["--context", "40", "--min-tokens", "2"], "(cut off: the context is full)\n"),
+        (["--timeout", "1e-9"], "(stopped: the time was up)\n"),
+    ],
+)
+def test_run_says_why_an_answer_is_short(
+    flags: list[str], message: str, tiny_bundle: Path, capsys: Capture
+) -> None:
+    argv = ["run", "-m", str(tiny_bundle), "hello", "--raw", *flags]
+    assert main(argv) == 0
+    assert capsys.readouterr().err == message
+    assert main([*argv, "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_run_stops_before_a_text(tiny_bundle: Path, tiny_llm: LLM, capsys: Capture) -> None:
     text = tiny_llm.generate("It was the", max_tokens=30).text
     stop = text[5]
     argv = ["run", "-m", str(tiny_bundle), "It was the", "--raw", "--max-tokens", "30"]
     assert main([*argv, "--stop", "\x00", "--stop", stop]) == 0
-    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+    assert capsys.readouterr() == (text[: text.index(stop)] + "\n", "")
 
 
 def test_run_stats_go_to_stderr(tiny_bundle: Path, capsys: Capture) -> None:
@@ -403,7 +524,7 @@ def test_answer_in_an_encoding_that_lacks_its_characters(tiny_bundle: Path) -> N
         check=True,
     )
     assert done.stdout.decode("ascii").endswith("\n")
-    assert done.stderr == b""
+    assert done.stderr == b"(cut off: --max-tokens)\n"
 
 
 # chat
@@ -469,14 +590,74 @@ def test_chat_forgets_the_oldest_turns(small_llm: LLM, capsys: Capture) -> None:
     assert err.count("forgot the oldest") == len(falls)
 
 
-def test_chat_keeps_nothing_of_a_refused_message(small_llm: LLM) -> None:
+def test_a_refused_message_costs_nothing(small_llm: LLM, capsys: Capture) -> None:
     chat = Chat(small_llm, system=None, template="default", options={"max_tokens": 4})
     chat.answer("one")
-    with pytest.raises(ValueError, match="tokens too many"):
-        chat.answer("word " * 200)
-    assert [message["role"] for message in chat.history] in ([], ["user", "assistant"])
     chat.answer("two")
-    assert chat.history[-2]["content"] == "two"
+    before = [*chat.history]
+    assert len(before) == 4
+    with pytest.raises(ContextLengthError) as refused:
+        chat.answer("word " * 200)
+    alone = [{"role": "user", "content": "word " * 200}]
+    assert refused.value.prompt_tokens == len(small_llm.apply_chat_template(alone))
+    assert chat.history == before
+    assert "forgot" not in capsys.readouterr().err
+    chat.handle("/stats")
+    assert "2 turns" in capsys.readouterr().err
+    chat.answer("three")
+    assert chat.history[:5] == [*before, {"role": "user", "content": "three"}]
+
+
+def test_a_message_that_fills_the_context_alone_is_answered(small_llm: LLM) -> None:
+    chat = Chat(small_llm, system=None, template="default", options={"max_tokens": 4})
+    chat.answer("one")
+    text, longer = "", "x"
+    while len(small_llm.apply_chat_template([{"role": "user", "content": longer}])) <= 116:
+        text, longer = longer, longer + "x"
+    chat.answer(text)
+    assert [message["content"] for message in chat.history[:-1]] == [text]
+    with pytest.raises(ContextLengthError):
+        chat.answer(longer)
+    assert [message["content"] for message in chat.history[:-1]] == [text]
+
+
+def test_forgetting_does_not_encode_the_conversation_for_every_turn(
+    small_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(small_llm, system=None, template="default", options={"max_tokens": 4})
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    chat.history = turn * 500
+    encode = small_llm.apply_chat_template
+    spy = Mock(side_effect=encode)
+    monkeypatch.setattr(small_llm, "apply_chat_template", spy)
+    chat.answer("one")
+    assert spy.call_count <= 12  # one for all, at most 10 to bisect, one to answer
+    kept = len(chat.history)
+    tokens = [len(encode([*(turn * n), turn[0]])) for n in (kept // 2 - 1, kept // 2)]
+    assert kept > 2
+    assert tokens[0] <= 58 < tokens[1]
+
+
+def test_stats_after_a_failed_answer_are_those_of_the_last_whole_one(
+    small_llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fail(messages: object, **options: object) -> Iterator[Chunk]:
+        yield Chunk(text="half", tokens=(5,))
+        raise RuntimeFailure("The step failed.")
+
+    chat = Chat(small_llm, system=None, template="default", options={"max_tokens": 4})
+    answer = small_llm.stream_chat
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(small_llm, "stream_chat", answer)
+            chat.answer("one")
+        monkeypatch.setattr(small_llm, "stream_chat", fail)
+        with pytest.raises(RuntimeFailure):
+            chat.answer("two")
+        capsys.readouterr()
+        chat.handle("/stats")
+        expected = "answer 4 tokens (length)" if whole else "There is no answer yet."
+        assert expected in capsys.readouterr().err
 
 
 def test_chat_says_why_an_answer_is_short(small_llm: LLM, capsys: Capture) -> None:
@@ -576,10 +757,13 @@ def test_chat_at_a_terminal(ending: str, status: int, tiny_bundle: Path) -> None
     terminal.until("(stopped)")
     terminal.until("> ")
     if ending == "Ctrl-C":
-        terminal.interrupt()
-        terminal.until("Ctrl-C again")
-        terminal.until("> ")
-        terminal.interrupt()
+        for mark in ("Ctrl-C again", None):
+            # readline misses a signal that comes between its prompt and its waiting.
+            time.sleep(0.5)
+            terminal.interrupt()
+            if mark:
+                terminal.until(mark)
+                terminal.until("> ")
     else:
         terminal.type(ending)
     assert terminal.end() == status

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +158,53 @@ def test_a_literal_unknown_character_is_still_unknown(small_tokenizer: Kind) -> 
     assert tokenizer.encode_literal("中") == tokenizer.encode("中")
     literal = tokenizer.encode_literal("<unk>中")
     assert literal.count(0) == 1
+
+
+@pytest.fixture
+def busy_threads() -> Iterator[None]:
+    """Threads that take turns as often as can be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("busy_threads")
+def test_threads_that_meet_at_the_first_use(tokenizer_source: Source) -> None:
+    """What is built at the first use must fit together, whichever thread built what."""
+    text = "<s> hello  <|im_end|>"
+    options: Any = {"bos": None, "eos": (), "add_bos": False}
+    # unigram needs both twins.
+    for source in map(tokenizer_source, ["byte_level", "unigram"]):
+        expected = Tokenizer(source, **options).encode_literal(text, continues=True)
+        for _ in range(10):
+            tokenizer = Tokenizer(source, **options)
+            barrier = threading.Barrier(8)
+
+            def encode(
+                tokenizer: Tokenizer = tokenizer, barrier: threading.Barrier = barrier
+            ) -> list[list[int]]:
+                barrier.wait()
+                return [tokenizer.encode_literal(text, continues=True) for _ in range(3)]
+
+            with ThreadPoolExecutor(8) as pool:
+                found = [pool.submit(encode) for _ in range(8)]
+            assert [future.result() for future in found] == [[expected] * 3] * 8
+
+
+def test_what_two_threads_built_at_once_fits_together(tokenizer_source: Source) -> None:
+    """Since Python 3.12 each of two threads may build a cached property."""
+    text = "<s> hello  <|im_end|>"
+    tokenizer = Tokenizer(tokenizer_source("unigram"), bos=None, eos=(), add_bos=False)
+    expected = tokenizer.encode_literal(text, continues=True)
+    cached = [name for name, value in vars(Tokenizer).items() if isinstance(value, cached_property)]
+    built = {name: vars(tokenizer).pop(name) for name in cached if name in vars(tokenizer)}
+    assert built
+    for name, value in built.items():  # the others stay unbuilt, and are built anew
+        vars(tokenizer)[name] = value
+        assert tokenizer.encode_literal(text, continues=True) == expected
+        for other in built:
+            vars(tokenizer).pop(other)
 
 
 def test_white_space_tokens_are_text(small_tokenizer: Kind) -> None:
