@@ -34,7 +34,7 @@ def test_report(tiny_llm: LLM) -> None:
         assert one.first_token > 0
     assert (report.decode.prompt_tokens, report.decode.tokens) == (8, 4)
     assert report.decode.tokens_per_second == pytest.approx(1 / report.decode.per_token)
-    assert report.decode.per_token_p95 >= report.decode.per_token
+    assert report.decode.per_token_p95 > 0
     assert report.load == tiny_llm.load_seconds
     assert (report.bits, report.block) == (32, None)
     assert report.environment.threads == tiny_llm.threads
