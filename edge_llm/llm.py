@@ -341,9 +341,8 @@ class LLM:
                 if isinstance(result, PromptProgress):
                     assert on_prompt is not None
                     on_prompt(result.done, result.total)
-                else:
-                    assert isinstance(result, Chunk)
-                    yield result
+                elif chunk := generation.chunk(result):
+                    yield chunk
 
 
 def _read_text(bundle: Bundle, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,10 +72,24 @@ class PromptProgress:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the engine hands over of an answer: tokens, and text where it had to look at it."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    text: str | None
+    reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
 class Generation(Job):
     """Answers a request.
 
-    Puts :class:`PromptProgress` where it was asked for, and :class:`Chunk`.
+    Puts :class:`PromptProgress` where it was asked for, and parts that :meth:`chunk` turns into
+    :class:`Chunk`. Tokens become text on the caller's thread, while the engine computes the next
+    one; only stop strings need the text between two steps.
     """
 
     def __init__(
@@ -91,16 +105,14 @@ class Generation(Job):
             hook=request.hook,
         )
         self._forbidden = tuple(request.ending)
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopMatcher(request.stops)
+        self._writer = _Writer(tokenizer, request)
         self._load_seconds = load_seconds
         self._clock = _Clock(self.created)
         self._answered = 0
         self._reused = 0
-        # What was not handed over yet.
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        # What was not handed over yet: by the engine, and by the caller's side.
+        self._part = _Part([], [], "" if request.stops else None)
+        self._held = _Part([], [], None)
 
     def run(self, slot: Slot) -> None:
         """Compute the prompt, then token after token."""
@@ -118,13 +130,38 @@ class Generation(Job):
             if reason:
                 self._end(reason)
                 return
-            if self._request.stream and self._text:
-                self._hand_over()
+            if self._request.stream:
+                self.put(self._part)
+                self._part = _Part([], [], "" if self._request.stops else None)
             logits = slot.feed((token,), scored=1)[0]
 
     def interrupted(self) -> None:
         """A step was ended in the middle because the request was to end."""
         self._end(self.ended() or "cancelled")
+
+    def chunk(self, result: object) -> Chunk | None:
+        """Make a chunk of what :meth:`run` put, on the caller's thread; None without new text."""
+        assert isinstance(result, _Part)
+        text = result.text
+        if text is None:
+            text = "".join(map(self._writer.push, result.tokens))
+            if result.reason:
+                text += self._writer.flush()
+        self._held.tokens.extend(result.tokens)
+        self._held.logprobs.extend(result.logprobs)
+        if not text and not result.reason:
+            return None
+        tokens, logprobs = tuple(self._held.tokens), tuple(self._held.logprobs)
+        self._held.tokens.clear()
+        self._held.logprobs.clear()
+        return Chunk(
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs if self._request.logprobs is not None else None,
+            finish_reason=result.reason,
+            usage=result.usage,
+            timings=result.timings,
+        )
 
     def _between_chunks(self, done: int) -> bool:
         if self._request.progress:
@@ -135,7 +172,7 @@ class Generation(Job):
         early = self._answered < self._request.min_tokens
         token = self._sampler.sample(logits, forbidden=self._forbidden if early else ())
         if self._request.logprobs is not None:
-            self._logprobs.append(token_logprobs(logits, token, self._request.logprobs))
+            self._part.logprobs.append(token_logprobs(logits, token, self._request.logprobs))
         return token
 
     def _take(self, token: int) -> FinishReason | None:
@@ -143,35 +180,22 @@ class Generation(Job):
         self._clock.token()
         self._sampler.accept(token)
         self._answered += 1
-        self._tokens.append(token)
+        self._part.tokens.append(token)
         if token in self._request.ending:
             return "stop"
-        piece = self._detokenizer.decode(token)
-        # Stop strings count only in what comes behind the first min_tokens tokens.
-        if self._answered > self._request.min_tokens:
-            piece = self._stops.decode(piece)
-        if piece:
-            self._text.append(piece)
-        if self._stops.matched is not None:
-            return "stop"
+        if self._part.text is not None:
+            self._part = replace(self._part, text=self._part.text + self._writer.push(token))
+            if self._writer.stopped:
+                return "stop"
         return "length" if self._answered == self._request.max_tokens else None
 
-    def _hand_over(self) -> None:
-        self.put(Chunk(text="".join(self._text), tokens=tuple(self._tokens), logprobs=self._logs()))
-        self._text.clear()
-        self._tokens.clear()
-        self._logprobs.clear()
-
     def _end(self, reason: FinishReason) -> None:
-        if self._stops.matched is None:
-            # The last bytes may complete a stop string; what was held back is text after all.
-            self._text += [self._stops.decode(self._detokenizer.flush()), self._stops.flush()]
+        text = self._part.text
         self.put(
-            Chunk(
-                text="".join(self._text),
-                tokens=tuple(self._tokens),
-                logprobs=self._logs(),
-                finish_reason=reason,
+            replace(
+                self._part,
+                text=None if text is None else text + self._writer.flush(),
+                reason=reason,
                 usage=Usage(
                     prompt_tokens=len(self._request.prompt),
                     reused_tokens=self._reused,
@@ -181,8 +205,37 @@ class Generation(Job):
             )
         )
 
-    def _logs(self) -> tuple[TokenLogprob, ...] | None:
-        return tuple(self._logprobs) if self._request.logprobs is not None else None
+
+class _Writer:
+    """Turns the tokens of an answer into its text, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopMatcher(request.stops)
+        self._ending = request.ending
+        # Stop strings count only in what comes behind the first min_tokens tokens.
+        self._unwatched = request.min_tokens
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stops.matched is not None
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token; an ending token is none."""
+        if token in self._ending:
+            return ""
+        piece = self._detokenizer.decode(token)
+        if self._unwatched:
+            self._unwatched -= 1
+            return piece
+        return self._stops.decode(piece)
+
+    def flush(self) -> str:
+        """What was held back, which is text after all, unless it completes a stop string."""
+        if self.stopped:
+            return ""
+        return self._stops.decode(self._detokenizer.flush()) + self._stops.flush()
 
 
 class _Clock:
