@@ -130,6 +130,10 @@ def resident_memory() -> dict[str, int]:
 
 def peak_memory() -> int | None:
     """Most bytes that were ever resident in this process."""
+    # getrusage() starts from what the parent held when it started this process; VmHWM does not.
+    told = _fields(PROC / "self/status").get("VmHWM")
+    if told is not None:
+        return told * 1024
     if sys.platform == "win32":
         return None
     import resource

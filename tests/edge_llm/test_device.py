@@ -317,7 +317,15 @@ def test_systems_that_tell_nothing(tree: Tree, monkeypatch: pytest.MonkeyPatch) 
         device.check_platform()
 
 
-def test_peak_memory_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_this_programs_own(tree: Tree) -> None:
+    tree({"proc/self/status": "VmPeak:\t 90 kB\nVmHWM:\t 30 kB\n"})
+    assert device.peak_memory() == 30 * 1024
+
+
+def test_peak_memory_is_in_bytes_on_every_system(
+    monkeypatch: pytest.MonkeyPatch, tree: Tree
+) -> None:
+    tree({})
     resource = pytest.importorskip("resource", reason="Windows has no module resource")
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.setattr(sys, "platform", "linux")
