@@ -1,0 +1,1 @@
+"""The built-in home-command model: its contract, its training data and its training."""
