@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.builtin import BUNDLE, announce
 from edge_llm.bundle import Bundle
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
@@ -127,6 +128,25 @@ class LLM:
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self._finalizer = weakref.finalize(self, self._engine.close)
         self.load_seconds: float = time.perf_counter() - started
+
+    @classmethod
+    def builtin(
+        cls,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        prefill_chunk: int | None = None,
+        verify: bool = False,
+    ) -> Self:
+        """Load the embedded home-command model, which says once on stderr what it is.
+
+        Ask it with :meth:`chat`: ``llm.chat([{"role": "user", "content": "dim the light"}])``.
+        The arguments are those of the class.
+        """
+        announce()
+        return cls(
+            BUNDLE, context=context, threads=threads, prefill_chunk=prefill_chunk, verify=verify
+        )
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Answer a prompt.

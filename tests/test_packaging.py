@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import inspect
 import json
 import pickle
@@ -26,6 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = {
     "errors": 0,
     "manifest": 1,
+    "builtin": 2,
     "bundle": 2,
     "decoding": 2,
     "results": 2,
@@ -96,12 +98,24 @@ def test_packages_are_the_folders_on_disk() -> None:
     folders = {
         ".".join((name, *file.parent.relative_to(ROOT / folder).parts))
         for folder, name in (("edge_llm", "edge_llm"), ("export", "edge_llm_export"))
-        for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        for file in (ROOT / folder).rglob("*.py")
     }
-    # A folder of data needs its own line too: package-data reaches into listed packages only.
     assert sorted(packages) == packages, "keep the list sorted"
     assert set(packages) == folders
+
+
+def test_every_file_of_data_is_packaged() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    for folder, name in (("edge_llm", "edge_llm"), ("export", "edge_llm_export")):
+        for file in (ROOT / folder).rglob("*"):
+            if not file.is_file() or file.suffix == ".py" or "__pycache__" in file.parts:
+                continue
+            home = file.parent
+            while not (home / "__init__.py").is_file():
+                home = home.parent
+            package = ".".join((name, *home.relative_to(ROOT / folder).parts))
+            path = file.relative_to(home).as_posix()
+            assert any(fnmatch.fnmatch(path, pattern) for pattern in data[package]), file
 
 
 def test_every_package_has_an_init_and_is_marked_as_typed() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import Progress, megabytes, table, write
-from edge_llm.cli.options import add_model_flags, load_model, require_model
+from edge_llm.cli.options import add_model_flags, load_model
 
 if TYPE_CHECKING:
     from edge_llm.measure import Report
@@ -47,7 +47,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from edge_llm.measure import measure
 
-    require_model(arguments)
     progress = Progress()
     progress.show("loading ...")
     try:

@@ -20,7 +20,6 @@ from edge_llm.cli.options import (
     add_template_flags,
     generate_options,
     load_model,
-    require_model,
     require_template,
 )
 from edge_llm.errors import EdgeLLMError
@@ -164,7 +163,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    require_model(arguments)
     terminal = stdin().isatty()
     system = None if arguments.system is None else checked(arguments.system, "--system")
     template = arguments.template or "default"

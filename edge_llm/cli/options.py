@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +19,6 @@ __all__ = [
     "add_template_flags",
     "generate_options",
     "load_model",
-    "require_model",
     "require_template",
 ]
 
@@ -42,7 +42,12 @@ _GENERATE: tuple[_Flag, ...] = (
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``-m`` and what loading a bundle takes."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle's folder")
+    group.add_argument(
+        "-m",
+        "--model",
+        metavar="BUNDLE",
+        help="the bundle's folder (default: the small built-in home-command model)",
+    )
     group.add_argument(
         "--context",
         type=int,
@@ -85,24 +90,12 @@ def generate_options(arguments: argparse.Namespace) -> GenerateOptions:
     )
 
 
-def require_model(arguments: argparse.Namespace) -> None:
-    """End with a usage error unless a bundle is named."""
-    if arguments.model is None:
-        arguments.parser.error(
-            "no model given: -m BUNDLE names one; `edge-llm export MODEL -o DIR` makes one"
-        )
-
-
 def load_model(arguments: argparse.Namespace) -> LLM:
-    """Load the bundle that ``-m`` names."""
+    """Load the bundle that ``-m`` names, or the built-in one."""
     from edge_llm.llm import LLM
 
-    return LLM(
-        arguments.model,
-        context=arguments.context,
-        threads=arguments.threads,
-        verify=arguments.verify,
-    )
+    load = LLM.builtin if arguments.model is None else functools.partial(LLM, arguments.model)
+    return load(context=arguments.context, threads=arguments.threads, verify=arguments.verify)
 
 
 def require_template(llm: LLM, name: str) -> None:

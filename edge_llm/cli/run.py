@@ -15,7 +15,6 @@ from edge_llm.cli.options import (
     add_template_flags,
     generate_options,
     load_model,
-    require_model,
     require_template,
 )
 
@@ -55,7 +54,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    require_model(arguments)
     if arguments.raw and (arguments.system is not None or arguments.template is not None):
         arguments.parser.error("--system and --template need the chat template: drop --raw")
     if arguments.logprobs is not None and not arguments.json:

@@ -119,9 +119,6 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     [
         ([], "COMMAND"),
         (["dance"], "invalid choice"),
-        (["run", "hello"], "no model given: -m BUNDLE"),
-        (["chat"], "no model given: -m BUNDLE"),
-        (["bench"], "no model given: -m BUNDLE"),
         (["info"], "BUNDLE"),
         (["run", "-m", "x", "hello", "--max-token", "3"], "unrecognized arguments: --max-token"),
         (["run", "-m", "x", "hello", "--temperature", "hot"], "invalid float value"),
