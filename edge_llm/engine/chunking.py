@@ -72,7 +72,7 @@ class ChunkPlanner:
             each = min(max(slope, 0.1 * average), average)
         wanted = self._plan(seconds - each * tokens, each)
         if self._age % ASK_AGAIN == 0:
-            wanted = min(int(wanted * CLEARLY_LONGER) + 1, self._widest)
+            wanted = min(max(wanted, int(tokens * CLEARLY_LONGER) + 1), self._widest)
         # At most doubling guards against a lucky measurement; shrinking is immediate.
         self._tokens = min(wanted, max(2, self._tokens * 2))
 
