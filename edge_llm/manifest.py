@@ -37,9 +37,10 @@ __all__ = [
     "Tokens",
 ]
 
-FORMAT = "1.0"
+FORMAT = "1.1"
 MANIFEST_NAME = "manifest.json"
-LAYOUTS = ("edge_llm.v1",)
+# Each layout of the graph, and whether a state's input and output are one buffer in it.
+LAYOUTS = {"edge_llm.v1": True, "standard.v1": False, "genai.v1": True}
 STATE_KINDS = ("kv", "window")
 STATE_DTYPES = ("float32", "float16", "int8", "uint8")
 KNOWN_FEATURES: frozenset[str] = frozenset()
@@ -100,6 +101,7 @@ class StateTensor:
         shared: Whether input and output are one buffer, updated in place.
         kind: "kv" (grows a row a token, rolled back by its length) or "window" (the last tokens,
             contiguous, compacted on eviction).
+        window: Tokens that attention looks at, its own included, where the kind is "window".
     """
 
     input: str
@@ -110,11 +112,20 @@ class StateTensor:
     sequence_axis: int
     shared: bool
     kind: str
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderGraph:
-    """The ONNX file, the contract it follows, and its state."""
+    """The ONNX file, the contract it follows, and its state.
+
+    Attributes:
+        graph: The file.
+        layout: Names and meaning of the inputs and outputs: "edge_llm.v1" (this project's own),
+            "standard.v1" (transformers', whose state grows by concatenation) or "genai.v1"
+            (onnxruntime-genai's).
+        state: Tensor by tensor.
+    """
 
     graph: str
     layout: str
@@ -228,7 +239,7 @@ class Manifest:
                     _EXPORT_AGAIN,
                 )
         for i, state in enumerate(self.decoder.state):
-            _check_state(state, f"decoder.state[{i}]")
+            _check_state(state, f"decoder.state[{i}]", shared=LAYOUTS[self.decoder.layout])
         for path in self.files:
             parts = PurePosixPath(path).parts
             if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
@@ -306,7 +317,7 @@ def _check_version(data: Mapping[str, Any]) -> None:
             )
 
 
-def _check_state(state: StateTensor, where: str) -> None:
+def _check_state(state: StateTensor, where: str, *, shared: bool) -> None:
     if state.kind not in STATE_KINDS:
         raise UnsupportedFormatError(
             f"{where}.kind must be one of {', '.join(STATE_KINDS)}, got {state.kind!r}.",
@@ -316,6 +327,17 @@ def _check_state(state: StateTensor, where: str) -> None:
         raise UnsupportedFormatError(
             f"{where}.dtype must be one of {', '.join(STATE_DTYPES)}, got {state.dtype!r}.",
             "Upgrade edge-llm.",
+        )
+    if state.shared != shared:
+        raise ManifestError(
+            f"{where}.shared must be {shared} in this layout, got {state.shared}.", _EXPORT_AGAIN
+        )
+    windowed = state.kind == "window"
+    if windowed != (state.window is not None) or (state.window is not None and state.window < 1):
+        raise ManifestError(
+            f"{where}.window must be {'at least 1' if windowed else 'left out'} where the kind is "
+            f"{state.kind!r}, got {state.window}.",
+            _EXPORT_AGAIN,
         )
     axes = {"batch": ("batch_axis", state.batch_axis)}
     axes["capacity"] = ("sequence_axis", state.sequence_axis)
@@ -351,7 +373,7 @@ def _decode(kind: type[T], data: object, where: str) -> T:
     for key, spec in fields.items():
         if key in data:
             values[key] = _value(hints[key], data[key], f"{prefix}{key}")
-        elif spec.default_factory is dataclasses.MISSING:
+        elif spec.default is spec.default_factory is dataclasses.MISSING:
             raise ManifestError(f"{prefix}{key} is missing.", _EXPORT_AGAIN)
     return kind(**values)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from edge_llm.errors import ManifestError, UnsupportedFormatError
 from edge_llm.manifest import (
     FORMAT,
+    LAYOUTS,
     STATE_KINDS,
     ChatTemplates,
     DecoderGraph,
@@ -45,7 +46,8 @@ def example() -> Manifest:
             batch_axis=0,
             sequence_axis=2,
             shared=True,
-            kind="kv",
+            kind="window",
+            window=8,
         )
         for part in ("key", "value")
     ]
@@ -161,7 +163,9 @@ def test_round_trip() -> None:
     assert "Größe" in text
 
 
-@pytest.mark.parametrize("path", [path for path in FIELDS if path != ("info",)], ids=dotted)
+@pytest.mark.parametrize(
+    "path", [path for path in FIELDS if path[-1] not in ("info", "window")], ids=dotted
+)
 def test_a_missing_key_is_named(path: Path) -> None:
     data = document()
     del at(data, path[:-1])[path[-1]]
@@ -172,10 +176,15 @@ def test_a_missing_key_is_named(path: Path) -> None:
         assert message == f"{dotted(path)} is missing."
 
 
-def test_info_may_be_left_out() -> None:
+def test_info_and_window_may_be_left_out() -> None:
     data = document()
     del data["info"]
-    assert Manifest.from_json(json.dumps(data)).info == {}
+    for state in data["decoder"]["state"]:
+        del state["window"]
+        state["kind"] = "kv"
+    manifest = Manifest.from_json(json.dumps(data | {"format": "1.0"}))
+    assert manifest.info == {}
+    assert [state.window for state in manifest.decoder.state] == [None, None]
 
 
 @pytest.mark.parametrize("path", OBJECTS, ids=dotted)
@@ -348,6 +357,9 @@ def test_an_unknown_layout_is_refused() -> None:
         ("shape", ["batch", 0, "capacity", 16], ManifestError),
         ("shape", ["batch", "heads", "capacity", 16], ManifestError),
         ("shape", ["capacity", 2, "batch", 16], ManifestError),
+        ("shared", False, ManifestError),
+        ("window", 0, ManifestError),
+        ("window", None, ManifestError),
     ],
 )
 def test_state_is_checked(key: str, value: Any, error: type[Exception]) -> None:
@@ -365,6 +377,21 @@ def test_sizes_are_positive(name: str) -> None:
         assert refused(data) == f"dims.{name} must be at least 1, got {value}."
 
 
+def test_state_is_shared_as_the_layout_says_and_a_window_has_its_kind() -> None:
+    data = document()
+    data["decoder"]["state"][1] |= {"kind": "kv"}
+    assert refused(data) == (
+        "decoder.state[1].window must be left out where the kind is 'kv', got 8."
+    )
+    data["decoder"]["state"][1] |= {"window": None}
+    Manifest.from_json(json.dumps(data))
+    data["decoder"]["layout"] = "standard.v1"
+    assert refused(data) == "decoder.state[0].shared must be False in this layout, got True."
+    for state in data["decoder"]["state"]:
+        state["shared"] = False
+    Manifest.from_json(json.dumps(data))
+
+
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 counts = st.integers(1, 2**40)
 ids = st.integers(-(2**31), 2**31)
@@ -378,7 +405,8 @@ json_values = st.recursive(
 
 
 @st.composite
-def states(draw: st.DrawFn) -> StateTensor:
+def states(draw: st.DrawFn, *, shared: bool) -> StateTensor:
+    kind = draw(st.sampled_from(STATE_KINDS))
     sizes: list[int | str] = ["batch", "capacity", *draw(st.lists(counts, max_size=3))]
     shape = draw(st.permutations(sizes))
     return StateTensor(
@@ -388,14 +416,16 @@ def states(draw: st.DrawFn) -> StateTensor:
         shape=tuple(shape),
         batch_axis=shape.index("batch"),
         sequence_axis=shape.index("capacity"),
-        shared=draw(st.booleans()),
-        kind=draw(st.sampled_from(STATE_KINDS)),
+        shared=shared,
+        kind=kind,
+        window=draw(counts) if kind == "window" else None,
     )
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     graph, tokenizer = draw(paths), draw(paths)
+    layout, shared = draw(st.sampled_from(sorted(LAYOUTS.items())))
     templates = draw(st.dictionaries(names, paths, max_size=3))
     files = {graph, tokenizer, *templates.values(), *draw(st.lists(paths, max_size=3))}
     exceptions = st.builds(TensorQuantization, bits=counts, block=st.none() | counts)
@@ -418,7 +448,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         dims=dims,
         decoder=DecoderGraph(
-            graph=graph, layout="edge_llm.v1", state=tuple(draw(st.lists(states(), max_size=3)))
+            graph=graph,
+            layout=layout,
+            state=tuple(draw(st.lists(states(shared=shared), max_size=3))),
         ),
         quantization=draw(
             st.builds(
