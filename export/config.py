@@ -35,7 +35,8 @@ _MULTIMODAL = (
 )
 
 # Keys that do not change a decoder's forward pass at inference: where the file comes from and how
-# transformers is to load it, training, other heads and tasks, and what read_tokenizer reads.
+# transformers is to load it, training, other heads and tasks, and what read_tokenizer and
+# read_packing read.
 _LOADING = """
     _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
     _flash_attn_2_enabled _from_model_config architectures model_type auto_map
@@ -43,7 +44,7 @@ _LOADING = """
     is_llama_config use_bfloat16 tf_legacy_loss torchscript pretraining_tp
     gradient_checkpointing use_cache return_dict use_return_dict output_attentions
     output_hidden_states output_router_logits keys_to_ignore_at_inference num_logits_to_keep
-    logits_to_keep is_decoder chunk_size_feed_forward tie_encoder_decoder"""
+    logits_to_keep is_decoder chunk_size_feed_forward tie_encoder_decoder quantization_config"""
 _TRAINING = """
     initializer_range initializer_factor attention_dropout hidden_dropout residual_dropout
     embedding_dropout activation_dropout dropout hidden_dropout_prob attention_probs_dropout_prob
@@ -139,24 +140,18 @@ class ConfigReader:
     A key with the value null counts as absent, as it does in transformers.
 
     Args:
-        config: The content of config.json.
-
-    Raises:
-        UnsupportedModelError: The weights are quantized already.
+        config: The content of config.json, or of one object in it.
+        within: Where that object is, such as "quantization_config."; errors name keys with it.
+        inert: Keys that change nothing.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], *, within: str = "", inert: Collection[str] = _INERT
+    ) -> None:
         self._config = {name: value for name, value in config.items() if value is not None}
         self._consumed: set[str] = set()
-        for name in ("quantization_config", "compression_config"):
-            if name in self._config:
-                details = self._config[name]
-                method = details.get("quant_method") if isinstance(details, dict) else None
-                raise UnsupportedModelError(
-                    f"config.json: {name} says that the weights are quantized already "
-                    f"({method or 'quant_method not given'}).",
-                    "Export from the unquantized checkpoint that it was made from.",
-                )
+        self._within = within
+        self._inert = inert
 
     def require(self, name: str, kind: type[T], *, at_least: float | None = None) -> T:
         """The value of ``name``.
@@ -172,9 +167,10 @@ class ConfigReader:
         self._consumed.add(name)
         if name not in self._config:
             raise CheckpointError(
-                f"config.json has no {name}.", "Take the config.json that belongs to the weights."
+                f"config.json has no {self._within}{name}.",
+                "Take the config.json that belongs to the weights.",
             )
-        return _typed(f"config.json: {name}", self._config[name], kind, at_least)
+        return _typed(f"config.json: {self._within}{name}", self._config[name], kind, at_least)
 
     def get(self, name: str, kind: type[T], default: T, *, at_least: float | None = None) -> T:
         """The value of ``name``, or ``default`` where it is absent or null.
@@ -199,7 +195,8 @@ class ConfigReader:
             if _same(value, item):
                 return item
         raise UnsupportedModelError(
-            f"config.json: {name} is {value!r}, which the graph builder does not know.",
+            f"config.json: {self._within}{name} is {value!r}, which the graph builder does not "
+            "know.",
             f"Supported: {', '.join(sorted(map(repr, allowed)))}.",
         )
 
@@ -242,11 +239,11 @@ class ConfigReader:
             UnsupportedModelError: Names each such key.
         """
         unknown = {
-            name: value
+            f"{self._within}{name}": value
             for name, value in self._config.items()
             if name not in self._consumed
-            and name not in _INERT
-            and name not in allowed_unknown
+            and name not in self._inert
+            and f"{self._within}{name}" not in allowed_unknown
             and not name.startswith(_INERT_PREFIXES)
             and not (name in _NEUTRAL and _same(value, _NEUTRAL[name]))
         }

@@ -21,12 +21,15 @@ from edge_llm.manifest import (
     Manifest,
     Quantization,
     Source,
+    TensorQuantization,
     Tokens,
 )
 
 from .architectures.registry import read_architecture
 from .architectures.spec import DecoderSpec
 from .checkpoint.hub import Checkpoint, resolve
+from .checkpoint.packed import PackedWeights, open_weights
+from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
 from .choices import (
@@ -51,12 +54,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """All that is known before the weights are read."""
+    """All that is known before the weights are read.
+
+    ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
+    """
 
     checkpoint: Checkpoint
     spec: DecoderSpec
     files: TokenizerFiles
     storage: Storage
+    packing: Packing | None
     context: int
 
 
@@ -64,7 +71,7 @@ def export_model(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    quantize: str = DEFAULT_QUANTIZATION,
+    quantize: str | None = None,
     block: int | None = None,
     max_context: int | None = None,
     revision: str | None = None,
@@ -79,7 +86,8 @@ def export_model(
     Args:
         source: A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
         output: The bundle's folder; must not exist or be empty.
-        quantize: "fp32", "int8" or "int4".
+        quantize: "fp32", "int8" or "int4" (default: "int4"). A checkpoint that GPTQ or AWQ
+            quantized keeps its integers, unless "fp32" dequantizes them.
         block: Weights that share a scale: 32, 64 or 128 (default 32).
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         revision: Branch, tag or commit on the hub.
@@ -99,16 +107,20 @@ def export_model(
         VerificationError: The written bundle does not run.
         ExportError: The disk is full, or the output cannot be written.
     """
-    storage = _storage(quantize, block)
+    _check_storage(quantize, block)
     target = check_target(Path(output), overwrite=overwrite)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
-    plan = _read(checkpoint, storage, max_context, ignore_config)
+    plan = _read(checkpoint, quantize, block, max_context, ignore_config)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
-    with Weights.open(checkpoint.path) as weights, staged(target, overwrite=overwrite) as stage:
+    floats = plan.storage == FLOAT32
+    with (
+        open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
+        staged(target, overwrite=overwrite) as stage,
+    ):
         manifest = _write(plan, weights, stage, report)
         report("verifying", 0, 1)
         run_once(stage, warn=say)
@@ -116,28 +128,53 @@ def export_model(
     return manifest
 
 
-def _storage(quantize: str, block: int | None) -> Storage:
-    if quantize not in QUANTIZATIONS:
+def _check_storage(quantize: str | None, block: int | None) -> None:
+    if quantize is not None and quantize not in QUANTIZATIONS:
         raise ArgumentError("quantize", f"one of {', '.join(QUANTIZATIONS)}", quantize)
     if block is not None and block not in BLOCKS:
         raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
+    if quantize == "fp32" and block is not None:
+        raise ArgumentError("block", "left out with fp32, which has no blocks", block)
+
+
+def _storage(quantize: str | None, block: int | None, packing: Packing | None) -> Storage:
+    """How to store what the checkpoint has as floats."""
     if quantize == "fp32":
-        if block is not None:
-            raise ArgumentError("block", "left out with fp32, which has no blocks", block)
         return FLOAT32
-    return Storage(QUANTIZATIONS[quantize], block or DEFAULT_BLOCK)
+    bits = QUANTIZATIONS[quantize or DEFAULT_QUANTIZATION]
+    if packing is not None:
+        remedy = f"The checkpoint is quantized already ({packing}) and keeps its integers."
+        if quantize is not None and bits != packing.bits:
+            raise ArgumentError("quantize", f"int{packing.bits} or fp32", quantize, remedy)
+        if block not in (None, packing.block):
+            raise ArgumentError("block", f"{packing.block} or left out", block, remedy)
+        bits = packing.bits
+    return Storage(bits, block or DEFAULT_BLOCK)
 
 
 def _read(
-    checkpoint: Checkpoint, storage: Storage, max_context: int | None, ignore: Collection[str]
+    checkpoint: Checkpoint,
+    quantize: str | None,
+    block: int | None,
+    max_context: int | None,
+    ignore: Collection[str],
 ) -> _Plan:
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
+    packing = read_packing(config, ignore=ignore)
+    storage = _storage(quantize, block, packing)
     spec = read_architecture(config, ignore=ignore)
     context = _context(spec, max_context)
     files = read_tokenizer(checkpoint.path, config)
     _check_tokens(files, spec.vocab)
-    return _Plan(checkpoint=checkpoint, spec=spec, files=files, storage=storage, context=context)
+    return _Plan(
+        checkpoint=checkpoint,
+        spec=spec,
+        files=files,
+        storage=storage,
+        packing=packing,
+        context=context,
+    )
 
 
 def _context(spec: DecoderSpec, max_context: int | None) -> int:
@@ -189,11 +226,19 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
                 "config.json is of another model.",
             )
     # A tied head may be stored all the same, and old files carry the rotary frequencies.
-    tied_head = {f"{spec.names.head}.weight"} if spec.tied else set()
+    head = f"{spec.names.head}.weight"
+    tied_head = {head} if spec.tied else set()
+    packed = weights if isinstance(weights, PackedWeights) else None
+    if packed and spec.tied and packed.packed(head):
+        raise CheckpointError(
+            f"config.json says that the head is the embedding, but {head!r} is quantized.",
+            "Set tie_word_embeddings to false if the head is the model's own.",
+        )
     unknown = [
         name
         for name in sorted(names - expected.keys() - tied_head)
         if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
+        and not (packed and packed.is_empty_bias(name))
     ]
     if unknown:
         raise CheckpointError(
@@ -218,7 +263,8 @@ def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Mani
     writer = BundleWriter(stage)
     chat = _write_texts(writer, plan.files)
     writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
-    manifest = _manifest(plan, decoder, chat, writer.files)
+    quantization = _quantization(plan, weights)
+    manifest = _manifest(plan, decoder, quantization, chat, writer.files)
     writer.write_manifest(manifest)
     return manifest
 
@@ -246,10 +292,35 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
     return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
 
 
+def _quantization(plan: _Plan, weights: Weights) -> Quantization:
+    """How the matrices are stored: most of them, and those that differ."""
+    storage = plan.storage
+    if not isinstance(weights, PackedWeights) or storage == FLOAT32:
+        method = "rtn" if storage.block else "none"
+        return Quantization(method=method, bits=storage.bits, block=storage.block, exceptions={})
+    packing = weights.packing
+    own = TensorQuantization(bits=packing.bits, block=packing.block)
+    other = TensorQuantization(bits=storage.bits, block=storage.block)
+    return Quantization(
+        method=packing.method,
+        bits=own.bits,
+        block=own.block,
+        exceptions={
+            name: other
+            for name, shape in plan.spec.tensor_shapes().items()
+            if len(shape) == 2 and not weights.packed(name) and other != own
+        },
+    )
+
+
 def _manifest(
-    plan: _Plan, decoder: DecoderGraph, chat: ChatTemplates, entries: Mapping[str, FileEntry]
+    plan: _Plan,
+    decoder: DecoderGraph,
+    quantization: Quantization,
+    chat: ChatTemplates,
+    entries: Mapping[str, FileEntry],
 ) -> Manifest:
-    checkpoint, spec, files, storage = plan.checkpoint, plan.spec, plan.files, plan.storage
+    checkpoint, spec, files = plan.checkpoint, plan.spec, plan.files
     ignored: dict[str, Any] = {"ignored_generation_config": list(files.ignored)}
     return Manifest(
         format=FORMAT,
@@ -264,12 +335,7 @@ def _manifest(
         ),
         dims=_dims(spec, plan.context),
         decoder=decoder,
-        quantization=Quantization(
-            method="rtn" if storage.block else "none",
-            bits=storage.bits,
-            block=storage.block,
-            exceptions={},
-        ),
+        quantization=quantization,
         tokens=Tokens(bos=files.bos, eos=files.eos, pad=files.pad, add_bos=files.add_bos),
         sampling=dict(files.sampling),
         tokenizer="tokenizer.json",

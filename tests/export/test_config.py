@@ -157,14 +157,6 @@ def test_honour() -> None:
     reader.finish()
 
 
-@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
-def test_quantized_checkpoints_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"{name} .*\(gptq\).*unquantized checkpoint"):
-        ConfigReader({name: {"quant_method": "gptq", "bits": 4}})
-    with pytest.raises(UnsupportedModelError, match=name):
-        ConfigReader({name: "odd"})
-
-
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
