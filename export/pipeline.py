@@ -21,27 +21,21 @@ from edge_llm.manifest import (
     Manifest,
     Quantization,
     Source,
-    TensorQuantization,
     Tokens,
 )
 
 from .architectures.registry import read_architecture
 from .architectures.spec import DecoderSpec
 from .checkpoint.hub import Checkpoint, resolve
-from .checkpoint.packed import PackedWeights, open_weights
+from .checkpoint.packed import is_empty_bias, open_weights, packed_tensor
 from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
-from .choices import (
-    BLOCKS,
-    DEFAULT_BLOCK,
-    DEFAULT_QUANTIZATION,
-    LONGEST_DEFAULT_CONTEXT,
-    QUANTIZATIONS,
-)
+from .choices import LONGEST_DEFAULT_CONTEXT
 from .config import read_config
 from .evaluate.selfcheck import run_once
 from .graph.decoder import build_decoder
+from .quantize.choice import check_choice, choose_storage, describe_storage
 from .quantize.storage import FLOAT32, Storage
 from .writer import BundleWriter, check_target, staged
 
@@ -107,7 +101,7 @@ def export_model(
         VerificationError: The written bundle does not run.
         ExportError: The disk is full, or the output cannot be written.
     """
-    _check_storage(quantize, block)
+    check_choice(quantize, block)
     target = check_target(Path(output), overwrite=overwrite)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
@@ -128,30 +122,6 @@ def export_model(
     return manifest
 
 
-def _check_storage(quantize: str | None, block: int | None) -> None:
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ArgumentError("quantize", f"one of {', '.join(QUANTIZATIONS)}", quantize)
-    if block is not None and block not in BLOCKS:
-        raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
-    if quantize == "fp32" and block is not None:
-        raise ArgumentError("block", "left out with fp32, which has no blocks", block)
-
-
-def _storage(quantize: str | None, block: int | None, packing: Packing | None) -> Storage:
-    """How to store what the checkpoint has as floats."""
-    if quantize == "fp32":
-        return FLOAT32
-    bits = QUANTIZATIONS[quantize or DEFAULT_QUANTIZATION]
-    if packing is not None:
-        remedy = f"The checkpoint is quantized already ({packing}) and keeps its integers."
-        if quantize is not None and bits != packing.bits:
-            raise ArgumentError("quantize", f"int{packing.bits} or fp32", quantize, remedy)
-        if block not in (None, packing.block):
-            raise ArgumentError("block", f"{packing.block} or left out", block, remedy)
-        bits = packing.bits
-    return Storage(bits, block or DEFAULT_BLOCK)
-
-
 def _read(
     checkpoint: Checkpoint,
     quantize: str | None,
@@ -162,7 +132,7 @@ def _read(
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
     packing = read_packing(config, ignore=ignore)
-    storage = _storage(quantize, block, packing)
+    storage = choose_storage(quantize, block, packing)
     spec = read_architecture(config, ignore=ignore)
     context = _context(spec, max_context)
     files = read_tokenizer(checkpoint.path, config)
@@ -228,8 +198,7 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
     # A tied head may be stored all the same, and old files carry the rotary frequencies.
     head = f"{spec.names.head}.weight"
     tied_head = {head} if spec.tied else set()
-    packed = weights if isinstance(weights, PackedWeights) else None
-    if packed and spec.tied and packed.packed(head):
+    if spec.tied and packed_tensor(weights, head):
         raise CheckpointError(
             f"config.json says that the head is the embedding, but {head!r} is quantized.",
             "Set tie_word_embeddings to false if the head is the model's own.",
@@ -238,7 +207,7 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
         name
         for name in sorted(names - expected.keys() - tied_head)
         if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
-        and not (packed and packed.is_empty_bias(name))
+        and not is_empty_bias(weights, name)
     ]
     if unknown:
         raise CheckpointError(
@@ -263,7 +232,12 @@ def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Mani
     writer = BundleWriter(stage)
     chat = _write_texts(writer, plan.files)
     writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
-    quantization = _quantization(plan, weights)
+    floats = [
+        name
+        for name, shape in plan.spec.tensor_shapes().items()
+        if len(shape) == 2 and packed_tensor(weights, name) is None
+    ]
+    quantization = describe_storage(plan.storage, plan.packing, floats)
     manifest = _manifest(plan, decoder, quantization, chat, writer.files)
     writer.write_manifest(manifest)
     return manifest
@@ -290,27 +264,6 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
         writer.write(path, source.encode("utf-8"))
         templates[name] = path
     return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
-
-
-def _quantization(plan: _Plan, weights: Weights) -> Quantization:
-    """How the matrices are stored: most of them, and those that differ."""
-    storage = plan.storage
-    if not isinstance(weights, PackedWeights) or storage == FLOAT32:
-        method = "rtn" if storage.block else "none"
-        return Quantization(method=method, bits=storage.bits, block=storage.block, exceptions={})
-    packing = weights.packing
-    own = TensorQuantization(bits=packing.bits, block=packing.block)
-    other = TensorQuantization(bits=storage.bits, block=storage.block)
-    return Quantization(
-        method=packing.method,
-        bits=own.bits,
-        block=own.block,
-        exceptions={
-            name: other
-            for name, shape in plan.spec.tensor_shapes().items()
-            if len(shape) == 2 and not weights.packed(name) and other != own
-        },
-    )
 
 
 def _manifest(

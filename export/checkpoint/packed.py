@@ -20,7 +20,13 @@ from ..quantize.storage import Storage
 from .prequantized import Packing
 from .weights import Weights
 
-__all__ = ["PackedTensor", "PackedWeights", "open_weights"]
+__all__ = [
+    "PackedTensor",
+    "PackedWeights",
+    "is_empty_bias",
+    "open_weights",
+    "packed_tensor",
+]
 
 _PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 _WRONG_CONFIG = "Take the config.json that belongs to the weights, or download both again."
@@ -71,7 +77,6 @@ class PackedWeights(Weights):
 
     def __init__(self, weights: Weights, packing: Packing, *, dequantize: bool) -> None:
         super().__init__(weights._tensors, weights._files)
-        self.packing = packing
         self._dequantize = dequantize
         names = set(super().names)
         modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
@@ -122,12 +127,16 @@ class PackedWeights(Weights):
         """The integers that ``name`` stands for; None where it is floats."""
         return self._packed.get(name)
 
-    def is_empty_bias(self, name: str) -> bool:
-        """Whether it is zeros, which old quantizers added to every layer that has no bias."""
-        module, _, kind = name.rpartition(".")
-        if kind != "bias" or f"{module}.weight" not in self._packed:
-            return False
-        return not super().read(name).any()
+
+def packed_tensor(weights: Weights, name: str) -> PackedTensor | None:
+    """The integers that ``name`` stands for; None where it is floats."""
+    return weights.packed(name) if isinstance(weights, PackedWeights) else None
+
+
+def is_empty_bias(weights: Weights, name: str) -> bool:
+    """Whether it is zeros, which old quantizers added to every layer that had no bias."""
+    module = name.removesuffix(".bias")
+    return bool(packed_tensor(weights, f"{module}.weight")) and not weights.read(name).any()
 
 
 @dataclass(frozen=True, slots=True)

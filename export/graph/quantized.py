@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_llm.errors import UnsupportedModelError
 
-from ..checkpoint.packed import PackedWeights
+from ..checkpoint.packed import packed_tensor
 from ..quantize.packing import Blocks
 from ..quantize.storage import QuantizedMatrix, RoundedMatrix, Storage
 from .matrices import CheckpointMatrix, MappedColumns, MappedRows, Matrix, Stacked
@@ -44,8 +44,8 @@ def quantized_parts(matrix: Matrix, storage: Storage) -> list[QuantizedMatrix]:
 
 def _packed(matrix: Matrix) -> QuantizedMatrix | None:
     """The matrix in the checkpoint's own integers; None where it has floats."""
-    if isinstance(matrix, CheckpointMatrix) and isinstance(matrix.weights, PackedWeights):
-        return matrix.weights.packed(matrix.name)
+    if isinstance(matrix, CheckpointMatrix):
+        return packed_tensor(matrix.weights, matrix.name)
     if isinstance(matrix, Stacked):
         packed = [_packed(part) for part in matrix.parts]
         if len({_kind(part) for part in packed}) > 1:

@@ -36,7 +36,12 @@ from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.kv_cache import KVCache
 from edge_llm.runtime.session import create_session
 from edge_llm_export import export_model
-from edge_llm_export.checkpoint.packed import PackedTensor, PackedWeights, open_weights
+from edge_llm_export.checkpoint.packed import (
+    PackedTensor,
+    PackedWeights,
+    open_weights,
+    packed_tensor,
+)
 from edge_llm_export.checkpoint.prequantized import Packing, read_packing
 from edge_llm_export.graph.linear import project
 from edge_llm_export.graph.matrices import (
@@ -579,6 +584,39 @@ def test_a_quantized_head_and_layers_left_as_floats(
                 left = dequantize_blocks(*rounded, bits=4, columns=parameter.shape[1])
                 parameter.copy_(torch.from_numpy(left))
     assert relative_error(logits(tmp_path / "bundle"), reference(model)) < 0.03
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Format(), Format(group=64, symmetric=False), Format("awq", symmetric=False)],
+    ids=str,
+)
+def test_onnxruntime_genais_builder_makes_the_same_bytes(
+    form: Format, make_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A peer that reads the same checkpoint. (It leaves act-order to an input of MatMulNBits.)"""
+    peer = pytest.importorskip("onnxruntime_genai.models.loaders.quant_model").QuantModel
+    make(make_llama, tmp_path, form, {"num_hidden_layers": 1})
+    model = peer.from_pretrained(
+        form.method,
+        input_path=str(tmp_path),
+        quant_attrs={"config": form.config(), "use_g_idx": False},
+        q_size=128,
+        kv_size=64,
+        intermediate_size=192,
+        num_layers=1,
+    )
+    with open_weights(tmp_path, form.packing(), dequantize=False) as weights:
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            matrix = packed_tensor(weights, f"model.layers.0.{name}.weight")
+            theirs = model.layers[0]
+            for part in name.split("."):
+                theirs = getattr(theirs, part)
+            assert matrix is not None
+            parts = ("qweight", "scales", "qzeros")
+            for part, rows in zip(parts, quantized_tensors(matrix), strict=False):
+                expected = getattr(theirs, part).numpy().astype(rows[0].dtype)
+                np.testing.assert_array_equal(rows[0].ravel(), expected.ravel())
 
 
 @pytest.fixture(scope="module")
