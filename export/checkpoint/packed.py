@@ -18,7 +18,7 @@ from ..quantize.repack import awq_integers, fields, gptq_integers
 from ..quantize.rtn import dequantize_blocks
 from ..quantize.storage import Storage
 from .prequantized import Packing
-from .weights import Weights
+from .weights import Weights, checked_rows
 
 __all__ = [
     "PackedTensor",
@@ -85,8 +85,8 @@ class PackedWeights(Weights):
                 f"config.json says that layers are quantized ({packing}), but none is.",
                 _WRONG_CONFIG,
             )
-        layers = _Layers(weights, packing)
-        self._packed = {f"{one}.weight": _describe(layers, one) for one in sorted(modules)}
+        self._layers = _Layers(weights, packing)
+        self._packed = {f"{one}.weight": _describe(self._layers, one) for one in sorted(modules)}
         parts = {f"{one}.{part}" for one in modules for part in _PARTS[packing.method]}
         self._names = tuple(sorted(names - parts | self._packed.keys()))
 
@@ -121,11 +121,16 @@ class PackedWeights(Weights):
                 "so that it would have to be rounded again.",
                 "Export with fp32, or from the unquantized checkpoint that it was made from.",
             )
-        return packed.read(start or 0, packed.shape[0] if stop is None else stop)
+        return packed.read(*checked_rows(name, packed.shape[0], start, stop))
 
     def packed(self, name: str) -> PackedTensor | None:
         """The integers that ``name`` stands for; None where it is floats."""
         return self._packed.get(name)
+
+    def close(self) -> None:
+        """Close the files; safe to call again."""
+        super().close()
+        self._layers.close()
 
 
 def packed_tensor(weights: Weights, name: str) -> PackedTensor | None:
@@ -213,6 +218,11 @@ class _Layers:
                 words = self.weights.read_words(f"{module}.qweight")
                 self._last = module, _Layer(words, self.zero_points(module), scales)
             return self._last[1]
+
+    def close(self) -> None:
+        """Close the files, and forget the last layer."""
+        self.weights.close()
+        self._last = None
 
     def integers(self, layer: _Layer, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows [start, stop) of the matrix as uint8 [columns, stop - start]."""

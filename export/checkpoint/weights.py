@@ -22,7 +22,7 @@ from edge_llm.errors import ArgumentError, CheckpointError, ClosedError
 
 from ..config import read_json
 
-__all__ = ["INDEX", "SINGLE", "Weights", "read_index"]
+__all__ = ["INDEX", "SINGLE", "Weights", "checked_rows", "read_index"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -153,11 +153,7 @@ class Weights:
         if start is None and stop is None:
             return _read_floats(tensor, 0, tensor.shape)
         rows = tensor.shape[0] if tensor.shape else 0
-        first, end = start or 0, rows if stop is None else stop
-        if not 0 <= first <= end <= rows:
-            raise ArgumentError(
-                "start, stop", f"0 <= start <= stop <= {rows} (rows of {name!r})", (start, stop)
-            )
+        first, end = checked_rows(name, rows, start, stop)
         width = math.prod(tensor.shape[1:])
         return _read_floats(tensor, first * width, (end - first, *tensor.shape[1:]))
 
@@ -208,6 +204,20 @@ class Weights:
                 "It is incomplete, or config.json is of another model.",
             )
         return self._tensors[name]
+
+
+def checked_rows(name: str, rows: int, start: int | None, stop: int | None) -> tuple[int, int]:
+    """Rows [start, stop) of a tensor that has ``rows``; None stands for its first and last.
+
+    Raises:
+        ArgumentError: It does not have them.
+    """
+    first, end = start or 0, rows if stop is None else stop
+    if not 0 <= first <= end <= rows:
+        raise ArgumentError(
+            "start, stop", f"0 <= start <= stop <= {rows} (rows of {name!r})", (start, stop)
+        )
+    return first, end
 
 
 def read_index(folder: Path) -> dict[str, str] | None:

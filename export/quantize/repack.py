@@ -26,9 +26,10 @@ def fields(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
 
 def gptq_integers(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     """Words along the input [columns * bits / 32, rows] as uint8 [columns, rows]."""
-    return fields(words, bits).transpose(0, 2, 1).reshape(-1, words.shape[1])
+    columns = len(words) * 32 // bits
+    return fields(words, bits).transpose(0, 2, 1).reshape(columns, words.shape[1])
 
 
 def awq_integers(words: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Words along the output [columns, rows / 8] as uint8 [columns, rows]; 4 bits."""
-    return fields(words, 4)[..., _AWQ_FIELDS].reshape(len(words), -1)
+    return fields(words, 4)[..., _AWQ_FIELDS].reshape(len(words), 8 * words.shape[1])

@@ -28,6 +28,7 @@ from edge_llm.bundle import Bundle
 from edge_llm.errors import (
     ArgumentError,
     CheckpointError,
+    ClosedError,
     EdgeLLMError,
     UnsupportedModelError,
 )
@@ -365,6 +366,20 @@ def test_what_cannot_be_stored_together_is_refused(tmp_path: Path) -> None:
                 MappedRows(mixed, np.arange(40)),
                 Storage(4, 32),
             )
+
+
+def test_layers_are_read_like_floats(tmp_path: Path) -> None:
+    form = Format()
+    layer = Layer.random(form, 8, 32, 1)
+    with open_layers(tmp_path, form, {"a": layer}) as weights:
+        assert weights.read("a.weight", 3, 3).shape == (0, 32)
+        np.testing.assert_array_equal(weights.read("a.weight", 6), layer.weight[6:])
+        with pytest.raises(ArgumentError, match=r"stop <= 8 \(rows of 'a\.weight'\)"):
+            weights.read("a.weight", 0, 9)
+        with pytest.raises(CheckpointError, match=r"no tensor 'b\.weight'"):
+            weights.read("b.weight")
+    with pytest.raises(ClosedError, match=r"read after close"):
+        weights.read("a.weight")
 
 
 def test_integers_are_never_rounded_again(tmp_path: Path) -> None:
