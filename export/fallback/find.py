@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -87,9 +86,6 @@ class _Finder:
         self.found: dict[str, Product | Lookup] = {}
         self._initializers = initializers
         self._makers = {name: node for node in graph.node for name in node.output}
-        inner = (one for node in graph.node for one in scopes(node))
-        self._uses = Counter(name for one in inner for name in one.input)
-        self._uses.update(value.name for value in graph.output)
 
     def visit(self, node: onnx.NodeProto, vocab: int) -> None:
         """Look at one node; those in front of it were looked at."""
@@ -103,8 +99,6 @@ class _Finder:
             # With factors other than 1 the product is another one, which models do not use.
             if {settings.get("alpha", 1.0), settings.get("beta", 1.0)} == {1.0}:
                 new = self._gemm(node, rows_first=bool(settings.get("transB")))
-        elif node.op_type == "Add":
-            new = self._sum(*node.input)
         elif node.op_type == "Gather" and not settings.get("axis"):
             table = self._origin(node.input[0])
             rows = self._initializers.shape(table.name)[:1] if self._is_matrix(table.name) else ()
@@ -125,16 +119,6 @@ class _Finder:
             return product
         bias = self._bias(node.input[2], product.matrix)
         return replace(product, bias=bias) if bias else None
-
-    def _sum(self, first: str, second: str) -> Product | None:
-        """A product that nothing else reads, and a bias."""
-        for one, other in ((first, second), (second, first)):
-            product = self.found.get(one)
-            if not isinstance(product, Product) or product.bias or self._uses[one] > 1:
-                continue
-            if bias := self._bias(other, product.matrix):
-                return replace(product, bias=bias)
-        return None
 
     def _bias(self, name: str, matrix: Matrix) -> str:
         """The constant behind ``name`` if it holds a number per row of the weight, or ""."""

@@ -177,42 +177,6 @@ def test_any_shape(
     assert np.abs(run(folder, x=x)[0] - expected).max() <= 0.01 * scale
 
 
-def test_a_bias_that_is_added_becomes_the_products_own(tmp_path: Path) -> None:
-    weights, bias, x = noise(40, 64), noise(40), noise(5, 64)
-    nodes = [
-        node("Transpose", ["w"], "t", perm=[1, 0]),
-        node("MatMul", ["x", "t"], "p"),
-        node("Identity", ["b"], "c"),
-        node("Add", ["c", "p"], "y"),
-    ]
-    new = rewritten(graph_of(nodes, {"w": weights, "b": bias}), tmp_path)
-    assert kinds(write(new, tmp_path)) == ["MatMulNBits"]
-    assert close(run(tmp_path, x=x)[0], x @ rounded(weights, INT4).T + bias)
-
-
-@pytest.mark.parametrize("case", ["used twice", "an output", "another shape", "no constant"])
-def test_other_sums_stay(case: str, tmp_path: Path) -> None:
-    weights, x = noise(40, 64), noise(5, 64)
-    added = {"another shape": noise(1, 40), "no constant": noise(5, 40)}.get(case, noise(40))
-    nodes = [node("Gemm", ["x", "w"], "p", transB=1), node("Add", ["p", "b"], "s")]
-    nodes.append(node("Mul", ["s", "p"] if case == "used twice" else ["s", "s"], "y"))
-    inputs = [("x", TensorProto.FLOAT, ("n", 64))]
-    feeds = {"x": x}
-    arrays = {"w": weights}
-    if case == "no constant":
-        inputs.append(("b", TensorProto.FLOAT, ("n", 40)))
-        feeds["b"] = added
-    else:
-        arrays["b"] = added
-    outputs = ["y", "p"] if case == "an output" else ["y"]
-    model = graph_of(nodes, arrays, inputs=inputs, outputs=outputs)
-    assert kinds(write(rewritten(model, tmp_path), tmp_path)) == ["MatMulNBits", "Add", "Mul"]
-    product = x @ rounded(weights, INT4).T
-    total = product + added
-    got = run(tmp_path, **feeds)
-    assert close(got[0], total * (product if case == "used twice" else total), 0.04)
-
-
 @pytest.mark.parametrize(
     "settings", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}, {"bias": (5, 40)}]
 )
