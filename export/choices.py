@@ -8,6 +8,7 @@ __all__ = [
     "DEFAULT_QUANTIZATION",
     "LONGEST_DEFAULT_CONTEXT",
     "QUANTIZATIONS",
+    "VIAS",
 ]
 
 QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
@@ -20,3 +21,6 @@ DEFAULT_BLOCK = 32
 
 # A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
 LONGEST_DEFAULT_CONTEXT = 8192
+
+VIAS = ("auto", "builder", "optimum")
+"""Who makes the graph: the graph builder, optimum's exporter, or the first that knows the model."""

@@ -22,6 +22,7 @@ from .choices import (
     DEFAULT_QUANTIZATION,
     LONGEST_DEFAULT_CONTEXT,
     QUANTIZATIONS,
+    VIAS,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest sequence, in tokens (default: the model's own, but at most "
         f"{LONGEST_DEFAULT_CONTEXT})",
+    )
+    parser.add_argument(
+        "--via",
+        choices=VIAS,
+        default=VIAS[0],
+        help="who makes the graph (default: the graph builder where it knows the model, or else "
+        "optimum)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
@@ -102,6 +110,7 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             quantize=arguments.quantize,
             block=arguments.block,
             max_context=arguments.max_context,
+            via=arguments.via,
             revision=arguments.revision,
             overwrite=arguments.overwrite,
             ignore_config=arguments.ignore_config,

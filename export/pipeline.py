@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edge_llm.errors import ArgumentError, CheckpointError
+from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from edge_llm.manifest import (
     FORMAT,
     ChatTemplates,
@@ -24,17 +25,19 @@ from edge_llm.manifest import (
     Tokens,
 )
 
-from .architectures.registry import read_architecture
+from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import is_empty_bias, open_weights, packed_tensor
 from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
-from .choices import LONGEST_DEFAULT_CONTEXT
+from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
 from .evaluate.selfcheck import run_once
+from .fallback.model import PRODUCERS, OptimumModel, read_model
 from .graph.decoder import build_decoder
+from .graph.recorder import GraphRecorder
 from .quantize.choice import check_choice, choose_storage, describe_storage
 from .quantize.storage import FLOAT32, Storage
 from .writer import BundleWriter, check_target, staged
@@ -42,6 +45,8 @@ from .writer import BundleWriter, check_target, staged
 __all__ = ["Progress", "export_model"]
 
 MIN_ONNXRUNTIME = "1.32"
+
+_PRODUCERS = ("edge-llm", "onnx", "numpy", "onnxruntime")
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,11 +59,22 @@ class _Plan:
     """
 
     checkpoint: Checkpoint
-    spec: DecoderSpec
+    model: DecoderSpec | OptimumModel
     files: TokenizerFiles
     storage: Storage
     packing: Packing | None
     context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """A graph, and what the manifest says of it."""
+
+    graph: GraphRecorder
+    decoder: DecoderGraph
+    dims: Dims
+    quantization: Quantization
+    producers: tuple[str, ...]
 
 
 def export_model(
@@ -68,6 +84,7 @@ def export_model(
     quantize: str | None = None,
     block: int | None = None,
     max_context: int | None = None,
+    via: str = VIAS[0],
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
@@ -84,10 +101,14 @@ def export_model(
             quantized keeps its integers, unless "fp32" dequantizes them.
         block: Weights that share a scale: 32, 64 or 128 (default 32).
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
+        via: Who makes the graph: "builder" (the graph builder), "optimum" (optimum's exporter,
+            extra ``optimum``), or "auto": optimum where the builder does not know the
+            ``model_type``, which ``warn`` is told.
         revision: Branch, tag or commit on the hub.
         token: The hub's access token (default: ``HF_TOKEN``, or that of ``hf auth login``).
         overwrite: Replace a bundle that is there.
-        ignore_config: Keys of config.json that do not change the computation.
+        ignore_config: Keys of config.json that do not change the computation; optimum leaves it
+            to transformers what each key means.
         progress: Called with a phase, the work done and the whole work.
         warn: Called with what the user should know (default: nothing is said).
 
@@ -97,17 +118,20 @@ def export_model(
     Raises:
         ArgumentError: An argument is outside its domain.
         CheckpointError: The checkpoint's files are not usable.
-        UnsupportedModelError: The model needs what the builder does not know.
-        VerificationError: The written bundle does not run.
-        ExportError: The disk is full, or the output cannot be written.
+        UnsupportedModelError: The model needs what the builder, or optimum, does not know.
+        VerificationError: The written bundle does not run, or what optimum traced does not compute
+            what transformers computes.
+        ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
     check_choice(quantize, block)
+    if via not in VIAS:
+        raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
-    plan = _read(checkpoint, quantize, block, max_context, ignore_config)
+    plan = _read(checkpoint, quantize, block, max_context, ignore_config, via, say)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
     floats = plan.storage == FLOAT32
@@ -115,7 +139,8 @@ def export_model(
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
         staged(target, overwrite=overwrite) as stage,
     ):
-        manifest = _write(plan, weights, stage, report)
+        with _build(plan, weights, stage, report, say) as built:
+            manifest = _write(plan, built, stage, report)
         report("verifying", 0, 1)
         run_once(stage, warn=say)
         report("verifying", 1, 1)
@@ -128,18 +153,20 @@ def _read(
     block: int | None,
     max_context: int | None,
     ignore: Collection[str],
+    via: str,
+    say: Callable[[str], None],
 ) -> _Plan:
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
     packing = read_packing(config, ignore=ignore)
     storage = choose_storage(quantize, block, packing)
-    spec = read_architecture(config, ignore=ignore)
-    context = _context(spec, max_context)
+    model = _read_model(config, ignore, via, say)
+    context = _context(model.context, max_context)
     files = read_tokenizer(checkpoint.path, config)
-    _check_tokens(files, spec.vocab)
+    _check_tokens(files, model.vocab)
     return _Plan(
         checkpoint=checkpoint,
-        spec=spec,
+        model=model,
         files=files,
         storage=storage,
         packing=packing,
@@ -147,15 +174,39 @@ def _read(
     )
 
 
-def _context(spec: DecoderSpec, max_context: int | None) -> int:
+def _read_model(
+    config: dict[str, Any], ignore: Collection[str], via: str, say: Callable[[str], None]
+) -> DecoderSpec | OptimumModel:
+    """Decide who makes the graph, and read config.json as that one does."""
+    family = config.get("model_type")
+    if via == "auto" and isinstance(family, str) and family not in ARCHITECTURES:
+        say(f"the graph builder does not know the model_type {family!r}: optimum exports it")
+        via = "optimum"
+    if via == "optimum":
+        return read_model(config)
+    try:
+        return read_architecture(config, ignore=ignore)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            error.message,
+            f"{error.remedy} Or let optimum export it: via='optimum' (--via optimum).".lstrip(),
+        ) from error
+
+
+def _context(longest: int | None, max_context: int | None) -> int:
     if max_context is None:
-        return min(spec.context, LONGEST_DEFAULT_CONTEXT)
+        if longest is None:
+            raise CheckpointError(
+                "config.json does not say how long a sequence may be.",
+                "Pass max_context (--max-context), as long as the model was trained for.",
+            )
+        return min(longest, LONGEST_DEFAULT_CONTEXT)
     if isinstance(max_context, bool) or not isinstance(max_context, int) or max_context < 2:
         raise ArgumentError("max_context", "an integer of at least 2", max_context)
-    if max_context > spec.context:
+    if longest is not None and max_context > longest:
         raise ArgumentError(
             "max_context",
-            f"at most {spec.context} (the model's max_position_embeddings)",
+            f"at most {longest} (the model's max_position_embeddings)",
             max_context,
             "The model was not trained beyond that.",
         )
@@ -217,10 +268,53 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
         )
 
 
-def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Manifest:
+@contextmanager
+def _build(
+    plan: _Plan, weights: Weights, stage: Path, report: Progress, say: Callable[[str], None]
+) -> Iterator[_Built]:
+    """The graph, whose weights can be computed until the block ends."""
+    if isinstance(plan.model, DecoderSpec):
+        _check_tensors(weights, plan.model)
+        graph, decoder = build_decoder(
+            plan.model, weights, storage=plan.storage, context=plan.context
+        )
+        floats = [
+            name
+            for name, shape in plan.model.tensor_shapes().items()
+            if len(shape) == 2 and packed_tensor(weights, name) is None
+        ]
+        yield _Built(
+            graph=graph,
+            decoder=decoder,
+            dims=_dims(plan.model, plan.context),
+            quantization=describe_storage(plan.storage, plan.packing, floats),
+            producers=(),
+        )
+        return
+    report("tracing", 0, 1)
+    with plan.model.traced(
+        plan.checkpoint.path,
+        stage,
+        storage=plan.storage,
+        context=plan.context,
+        minimum=MIN_ONNXRUNTIME,
+        warn=say,
+    ) as traced:
+        report("tracing", 1, 1)
+        yield _Built(
+            graph=traced.graph,
+            decoder=traced.decoder,
+            dims=traced.dims,
+            quantization=replace(
+                describe_storage(plan.storage, None, ()), exceptions=traced.exceptions
+            ),
+            producers=PRODUCERS,
+        )
+
+
+def _write(plan: _Plan, built: _Built, stage: Path, report: Progress) -> Manifest:
     """Write the whole bundle into the stage."""
-    _check_tensors(weights, plan.spec)
-    graph, decoder = build_decoder(plan.spec, weights, storage=plan.storage, context=plan.context)
+    graph = built.graph
     total = sum(info.size for group in graph.deferred for info in group.tensors)
     written = 0
 
@@ -232,13 +326,7 @@ def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Mani
     writer = BundleWriter(stage)
     chat = _write_texts(writer, plan.files)
     writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
-    floats = [
-        name
-        for name, shape in plan.spec.tensor_shapes().items()
-        if len(shape) == 2 and packed_tensor(weights, name) is None
-    ]
-    quantization = describe_storage(plan.storage, plan.packing, floats)
-    manifest = _manifest(plan, decoder, quantization, chat, writer.files)
+    manifest = _manifest(plan, built, chat, writer.files)
     writer.write_manifest(manifest)
     return manifest
 
@@ -267,13 +355,9 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
 
 
 def _manifest(
-    plan: _Plan,
-    decoder: DecoderGraph,
-    quantization: Quantization,
-    chat: ChatTemplates,
-    entries: Mapping[str, FileEntry],
+    plan: _Plan, built: _Built, chat: ChatTemplates, entries: Mapping[str, FileEntry]
 ) -> Manifest:
-    checkpoint, spec, files = plan.checkpoint, plan.spec, plan.files
+    checkpoint, files = plan.checkpoint, plan.files
     ignored: dict[str, Any] = {"ignored_generation_config": list(files.ignored)}
     return Manifest(
         format=FORMAT,
@@ -281,21 +365,21 @@ def _manifest(
         min_onnxruntime=MIN_ONNXRUNTIME,
         name=(checkpoint.repo or checkpoint.path.resolve().name).rsplit("/", 1)[-1],
         source=Source(
-            architecture=spec.architecture,
+            architecture=plan.model.architecture,
             repo=checkpoint.repo,
             revision=checkpoint.revision,
             license=checkpoint.license,
         ),
-        dims=_dims(spec, plan.context),
-        decoder=decoder,
-        quantization=quantization,
+        dims=built.dims,
+        decoder=built.decoder,
+        quantization=built.quantization,
         tokens=Tokens(bos=files.bos, eos=files.eos, pad=files.pad, add_bos=files.add_bos),
         sampling=dict(files.sampling),
         tokenizer="tokenizer.json",
         chat=chat,
         files=entries,
         quality=(),
-        producer={name: version(name) for name in ("edge-llm", "onnx", "numpy", "onnxruntime")},
+        producer={name: version(name) for name in (*_PRODUCERS, *built.producers)},
         info=ignored if files.ignored else {},
     )
 

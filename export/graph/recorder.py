@@ -49,8 +49,9 @@ class DeferredTensors:
 class GraphRecorder:
     """Collects nodes, inputs, outputs and weights, and turns them into an ONNX model."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, opset: int = OPSET) -> None:
         self._name = name
+        self._opset = opset
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -66,6 +67,17 @@ class GraphRecorder:
     def output(self, name: str, dtype: type[np.generic], shape: Sequence[int | str]) -> None:
         """Declare a graph output."""
         self._outputs.append(_value_info(name, dtype, shape))
+
+    def declare(
+        self, inputs: Iterable[onnx.ValueInfoProto], outputs: Iterable[onnx.ValueInfoProto]
+    ) -> None:
+        """Take over the inputs and outputs of another graph."""
+        self._inputs += inputs
+        self._outputs += outputs
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Take over a node of another graph."""
+        self._nodes.append(node)
 
     def op(
         self,
@@ -102,7 +114,7 @@ class GraphRecorder:
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Keep a small array inside the graph file; the same name is kept once."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)
         assert self._small.setdefault(name, tensor) == tensor, name
         return name
 
@@ -146,7 +158,7 @@ class GraphRecorder:
         )
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            opset_imports=[helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, 1)],
             ir_version=IR_VERSION,
             producer_name="edge_llm_export",
             producer_version=producer,

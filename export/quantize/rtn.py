@@ -63,4 +63,5 @@ def dequantize_blocks(
     """
     zero = np.float32(1 << (bits - 1)) if zero_points is None else zero_points[..., None]
     values = (quantized.astype(np.float32) - zero) * scales[..., None]
-    return values.reshape(values.shape[0], -1)[:, :columns]
+    rows, blocks, block = values.shape
+    return values.reshape(rows, blocks * block)[:, :columns]

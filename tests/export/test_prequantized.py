@@ -33,8 +33,7 @@ from edge_llm.errors import (
     UnsupportedModelError,
 )
 from edge_llm.manifest import TensorQuantization
-from edge_llm.runtime.decoder import Decoder
-from edge_llm.runtime.kv_cache import KVCache
+from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import create_session
 from edge_llm_export import export_model
 from edge_llm_export.checkpoint.packed import (
@@ -461,8 +460,8 @@ def logits(folder: Path) -> Floats:
     session = create_session(
         bundle.file(manifest.decoder.graph), threads=1, minimum=manifest.min_onnxruntime
     )
-    cache = KVCache(manifest.decoder.state, rows=1, capacity=64)
-    return Decoder(session, manifest, cache).step(PROMPT, scored=len(PROMPT)).copy()
+    decoder = open_decoder(session, manifest, capacity=64)
+    return decoder.step(PROMPT, scored=len(PROMPT)).copy()
 
 
 def reference(model: Any) -> Floats:
