@@ -27,8 +27,9 @@ from edge_llm.manifest import (
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
+from .architectures.tensors import check_tensors
 from .checkpoint.hub import Checkpoint, resolve
-from .checkpoint.packed import is_empty_bias, open_weights, packed_tensor
+from .checkpoint.packed import open_weights, packed_tensor
 from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
@@ -230,63 +231,24 @@ def _check_tokens(files: TokenizerFiles, vocab: int) -> None:
                 )
 
 
-def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
-    """Compare the checkpoint's tensors with the architecture's, before any work."""
-    expected = spec.tensor_shapes()
-    names = set(weights.names)
-    for name, shape in expected.items():
-        if name not in names:
-            raise CheckpointError(
-                f"The checkpoint has no tensor {name!r}.",
-                "It is incomplete, or config.json is of another model.",
-            )
-        if tuple(weights.shape(name)) != shape:
-            raise CheckpointError(
-                f"Tensor {name!r} has shape {list(weights.shape(name))}; config.json asks for "
-                f"{list(shape)}.",
-                "config.json is of another model.",
-            )
-    # A tied head may be stored all the same, and old files carry the rotary frequencies.
-    head = f"{spec.names.head}.weight"
-    tied_head = {head} if spec.tied else set()
-    if spec.tied and packed_tensor(weights, head):
-        raise CheckpointError(
-            f"config.json says that the head is the embedding, but {head!r} is quantized.",
-            "Set tie_word_embeddings to false if the head is the model's own.",
-        )
-    unknown = [
-        name
-        for name in sorted(names - expected.keys() - tied_head)
-        if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
-        and not is_empty_bias(weights, name)
-    ]
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has {len(unknown)} tensors that a {spec.architecture} model of this "
-            f"configuration does not have, such as {unknown[0]!r}.",
-            "Merge adapters first, and check config.json.",
-        )
-
-
 @contextmanager
 def _build(
     plan: _Plan, weights: Weights, stage: Path, report: Progress, say: Callable[[str], None]
 ) -> Iterator[_Built]:
     """The graph, whose weights can be computed until the block ends."""
     if isinstance(plan.model, DecoderSpec):
-        _check_tensors(weights, plan.model)
-        graph, decoder = build_decoder(
-            plan.model, weights, storage=plan.storage, context=plan.context
-        )
+        spec = plan.model.as_stored(weights.names)
+        check_tensors(weights, spec)
+        graph, decoder = build_decoder(spec, weights, storage=plan.storage, context=plan.context)
         floats = [
             name
-            for name, shape in plan.model.tensor_shapes().items()
+            for name, shape in spec.tensor_shapes().items()
             if len(shape) == 2 and packed_tensor(weights, name) is None
         ]
         yield _Built(
             graph=graph,
             decoder=decoder,
-            dims=_dims(plan.model, plan.context),
+            dims=_dims(spec, plan.context),
             quantization=describe_storage(plan.storage, plan.packing, floats),
             producers=(),
         )
