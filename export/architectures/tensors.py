@@ -25,21 +25,23 @@ def check_tensors(weights: Weights, spec: DecoderSpec) -> None:
         CheckpointError: One is missing, of another shape, or unknown.
     """
     expected = spec.tensor_shapes()
-    names = set(weights.names)
+    names, head = set(weights.names), f"{spec.names.head}.weight"
     for name, shape in expected.items():
         if name not in names:
             raise CheckpointError(
                 f"The checkpoint has no tensor {name!r}.",
                 "It is incomplete, or config.json is of another model.",
             )
-        if tuple(weights.shape(name)) != shape:
+        # Quantizers pack a layer by its outputs, however its floats were stored.
+        turned = spec.transposed and name != head and packed_tensor(weights, name) is not None
+        asked = shape[::-1] if turned else shape
+        if tuple(weights.shape(name)) != asked:
             raise CheckpointError(
                 f"Tensor {name!r} has shape {list(weights.shape(name))}; config.json asks for "
-                f"{list(shape)}.",
+                f"{list(asked)}.",
                 "config.json is of another model.",
             )
     # A tied head may be stored all the same, and old files carry rotary frequencies and masks.
-    head = f"{spec.names.head}.weight"
     tied_head = {head} if spec.tied else set()
     if spec.tied and packed_tensor(weights, head):
         raise CheckpointError(

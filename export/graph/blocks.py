@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..architectures.rope import RopeConfig
 from ..architectures.spec import DecoderSpec, NormSpec, QKNormSpec
+from ..checkpoint.packed import packed_tensor
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
 from .linear import project
@@ -274,7 +275,9 @@ class LayerBuilder:
     def _matrix(self, name: str, layer: int) -> Matrix:
         """A projection's weight; every read of one goes through here."""
         matrix = CheckpointMatrix(self.weights, f"{name.format(i=layer)}.weight")
-        return Transposed(matrix) if self.spec.transposed else matrix
+        # Quantizers pack a layer by its outputs, however its floats were stored.
+        stored = self.spec.transposed and packed_tensor(self.weights, matrix.name) is None
+        return Transposed(matrix) if stored else matrix
 
     def _rows(self, name: str, layer: int, index: NDArray[np.int64]) -> Matrix:
         matrix = self._matrix(name, layer)
