@@ -145,7 +145,7 @@ class Quantization:
     """How the weight matrices are stored.
 
     Attributes:
-        method: "none" or "rtn" (round to nearest).
+        method: "none", "rtn" (round to nearest), or "gptq" or "awq" (the checkpoint's own).
         bits: Bits of a weight; 32 means float32.
         block: Weights that share a scale, or None for float32.
         exceptions: Tensors that are stored in another way, by their name in the checkpoint.

@@ -13,7 +13,7 @@ __all__ = [
 
 QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
 """Bits of a weight, by name."""
-DEFAULT_QUANTIZATION = "int4"
+DEFAULT_QUANTIZATION = "int4"  # of weights that the checkpoint has as floats
 
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""

@@ -44,8 +44,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        default=DEFAULT_QUANTIZATION,
-        help=f"how weights are stored (default: {DEFAULT_QUANTIZATION})",
+        help=f"how weights are stored (default: {DEFAULT_QUANTIZATION}); a checkpoint that GPTQ "
+        "or AWQ quantized keeps its integers, unless this is fp32",
     )
     parser.add_argument(
         "--block",

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,24 @@ from edge_llm.manifest import (
     Manifest,
     Quantization,
     Source,
-    TensorQuantization,
     Tokens,
 )
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
+from .architectures.tensors import check_tensors
 from .checkpoint.hub import Checkpoint, resolve
+from .checkpoint.packed import open_weights, packed_tensor
+from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
-from .choices import (
-    BLOCKS,
-    DEFAULT_BLOCK,
-    DEFAULT_QUANTIZATION,
-    LONGEST_DEFAULT_CONTEXT,
-    QUANTIZATIONS,
-    VIAS,
-)
+from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
 from .evaluate.selfcheck import run_once
 from .fallback.model import PRODUCERS, OptimumModel, read_model
 from .graph.decoder import build_decoder
 from .graph.recorder import GraphRecorder
+from .quantize.choice import check_choice, choose_storage, describe_storage
 from .quantize.storage import FLOAT32, Storage
 from .writer import BundleWriter, check_target, staged
 
@@ -58,12 +54,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """All that is known before the weights are read."""
+    """All that is known before the weights are read.
+
+    ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
+    """
 
     checkpoint: Checkpoint
     model: DecoderSpec | OptimumModel
     files: TokenizerFiles
     storage: Storage
+    packing: Packing | None
     context: int
 
 
@@ -74,7 +74,7 @@ class _Built:
     graph: GraphRecorder
     decoder: DecoderGraph
     dims: Dims
-    exceptions: Mapping[str, TensorQuantization]
+    quantization: Quantization
     producers: tuple[str, ...]
 
 
@@ -82,7 +82,7 @@ def export_model(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    quantize: str = DEFAULT_QUANTIZATION,
+    quantize: str | None = None,
     block: int | None = None,
     max_context: int | None = None,
     via: str = VIAS[0],
@@ -98,7 +98,8 @@ def export_model(
     Args:
         source: A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
         output: The bundle's folder; must not exist or be empty.
-        quantize: "fp32", "int8" or "int4".
+        quantize: "fp32", "int8" or "int4" (default: "int4"). A checkpoint that GPTQ or AWQ
+            quantized keeps its integers, unless "fp32" dequantizes them.
         block: Weights that share a scale: 32, 64 or 128 (default 32).
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         via: Who makes the graph: "builder" (the graph builder), "optimum" (optimum's exporter,
@@ -123,7 +124,7 @@ def export_model(
             what transformers computes.
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
-    storage = _storage(quantize, block)
+    check_choice(quantize, block)
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
@@ -131,10 +132,14 @@ def export_model(
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
-    plan = _read(checkpoint, storage, max_context, ignore_config, via, say)
+    plan = _read(checkpoint, quantize, block, max_context, ignore_config, via, say)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
-    with Weights.open(checkpoint.path) as weights, staged(target, overwrite=overwrite) as stage:
+    floats = plan.storage == FLOAT32
+    with (
+        open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
+        staged(target, overwrite=overwrite) as stage,
+    ):
         with _build(plan, weights, stage, report, say) as built:
             manifest = _write(plan, built, stage, report)
         report("verifying", 0, 1)
@@ -143,21 +148,10 @@ def export_model(
     return manifest
 
 
-def _storage(quantize: str, block: int | None) -> Storage:
-    if quantize not in QUANTIZATIONS:
-        raise ArgumentError("quantize", f"one of {', '.join(QUANTIZATIONS)}", quantize)
-    if block is not None and block not in BLOCKS:
-        raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
-    if quantize == "fp32":
-        if block is not None:
-            raise ArgumentError("block", "left out with fp32, which has no blocks", block)
-        return FLOAT32
-    return Storage(QUANTIZATIONS[quantize], block or DEFAULT_BLOCK)
-
-
 def _read(
     checkpoint: Checkpoint,
-    storage: Storage,
+    quantize: str | None,
+    block: int | None,
     max_context: int | None,
     ignore: Collection[str],
     via: str,
@@ -165,11 +159,20 @@ def _read(
 ) -> _Plan:
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
+    packing = read_packing(config, ignore=ignore)
+    storage = choose_storage(quantize, block, packing)
     model = _read_model(config, ignore, via, say)
     context = _context(model.context, max_context)
     files = read_tokenizer(checkpoint.path, config)
     _check_tokens(files, model.vocab)
-    return _Plan(checkpoint=checkpoint, model=model, files=files, storage=storage, context=context)
+    return _Plan(
+        checkpoint=checkpoint,
+        model=model,
+        files=files,
+        storage=storage,
+        packing=packing,
+        context=context,
+    )
 
 
 def _read_model(
@@ -228,52 +231,25 @@ def _check_tokens(files: TokenizerFiles, vocab: int) -> None:
                 )
 
 
-def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
-    """Compare the checkpoint's tensors with the architecture's, before any work."""
-    expected = spec.tensor_shapes()
-    names = set(weights.names)
-    for name, shape in expected.items():
-        if name not in names:
-            raise CheckpointError(
-                f"The checkpoint has no tensor {name!r}.",
-                "It is incomplete, or config.json is of another model.",
-            )
-        if tuple(weights.shape(name)) != shape:
-            raise CheckpointError(
-                f"Tensor {name!r} has shape {list(weights.shape(name))}; config.json asks for "
-                f"{list(shape)}.",
-                "config.json is of another model.",
-            )
-    # A tied head may be stored all the same, and old files carry the rotary frequencies.
-    tied_head = {f"{spec.names.head}.weight"} if spec.tied else set()
-    unknown = [
-        name
-        for name in sorted(names - expected.keys() - tied_head)
-        if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
-    ]
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has {len(unknown)} tensors that a {spec.architecture} model of this "
-            f"configuration does not have, such as {unknown[0]!r}.",
-            "Merge adapters first, and check config.json.",
-        )
-
-
 @contextmanager
 def _build(
     plan: _Plan, weights: Weights, stage: Path, report: Progress, say: Callable[[str], None]
 ) -> Iterator[_Built]:
     """The graph, whose weights can be computed until the block ends."""
     if isinstance(plan.model, DecoderSpec):
-        _check_tensors(weights, plan.model)
-        graph, decoder = build_decoder(
-            plan.model, weights, storage=plan.storage, context=plan.context
-        )
+        spec = plan.model.as_stored(weights.names)
+        check_tensors(weights, spec)
+        graph, decoder = build_decoder(spec, weights, storage=plan.storage, context=plan.context)
+        floats = [
+            name
+            for name, shape in spec.tensor_shapes().items()
+            if len(shape) == 2 and packed_tensor(weights, name) is None
+        ]
         yield _Built(
             graph=graph,
             decoder=decoder,
-            dims=_dims(plan.model, plan.context),
-            exceptions={},
+            dims=_dims(spec, plan.context),
+            quantization=describe_storage(plan.storage, plan.packing, floats),
             producers=(),
         )
         return
@@ -291,7 +267,9 @@ def _build(
             graph=traced.graph,
             decoder=traced.decoder,
             dims=traced.dims,
-            exceptions=traced.exceptions,
+            quantization=replace(
+                describe_storage(plan.storage, None, ()), exceptions=traced.exceptions
+            ),
             producers=PRODUCERS,
         )
 
@@ -341,7 +319,7 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
 def _manifest(
     plan: _Plan, built: _Built, chat: ChatTemplates, entries: Mapping[str, FileEntry]
 ) -> Manifest:
-    checkpoint, files, storage = plan.checkpoint, plan.files, plan.storage
+    checkpoint, files = plan.checkpoint, plan.files
     ignored: dict[str, Any] = {"ignored_generation_config": list(files.ignored)}
     return Manifest(
         format=FORMAT,
@@ -356,12 +334,7 @@ def _manifest(
         ),
         dims=built.dims,
         decoder=built.decoder,
-        quantization=Quantization(
-            method="rtn" if storage.block else "none",
-            bits=storage.bits,
-            block=storage.block,
-            exceptions=built.exceptions,
-        ),
+        quantization=built.quantization,
         tokens=Tokens(bos=files.bos, eos=files.eos, pad=files.pad, add_bos=files.add_bos),
         sampling=dict(files.sampling),
         tokenizer="tokenizer.json",

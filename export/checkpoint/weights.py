@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -22,12 +22,12 @@ from edge_llm.errors import ArgumentError, CheckpointError, ClosedError
 
 from ..config import read_json
 
-__all__ = ["INDEX", "SINGLE", "Weights", "read_index"]
+__all__ = ["INDEX", "SINGLE", "Weights", "checked_rows", "read_index"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+_FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -142,33 +142,45 @@ class Weights:
                 file cannot be read or was cut short since it was opened.
             ClosedError: The weights were closed.
         """
-        tensor = self._tensor(name)
-        if self._closed:
-            raise ClosedError(f"{name!r} was read after close().", "Keep the Weights open.")
-        if tensor.dtype not in _DTYPES:
+        tensor = self._open_tensor(name)
+        if tensor.dtype not in _FLOATS:
             raise CheckpointError(
                 f"{tensor.path}: {name!r} is stored as {tensor.dtype}; known are "
-                f"{', '.join(_DTYPES)}.",
+                f"{', '.join(_FLOATS)}.",
                 "Export from a checkpoint whose weights are not quantized, in float32, float16 "
                 "or bfloat16.",
             )
         if start is None and stop is None:
-            return _read(tensor, 0, tensor.shape)
+            return _read_floats(tensor, 0, tensor.shape)
         rows = tensor.shape[0] if tensor.shape else 0
-        first, end = start or 0, rows if stop is None else stop
-        if not 0 <= first <= end <= rows:
-            raise ArgumentError(
-                "start, stop", f"0 <= start <= stop <= {rows} (rows of {name!r})", (start, stop)
-            )
+        first, end = checked_rows(name, rows, start, stop)
         width = math.prod(tensor.shape[1:])
-        return _read(tensor, first * width, (end - first, *tensor.shape[1:]))
+        return _read_floats(tensor, first * width, (end - first, *tensor.shape[1:]))
+
+    def read_words(self, name: str) -> NDArray[np.int32]:
+        """A whole tensor of 32-bit words, such as the integers that a quantizer packed.
+
+        Raises:
+            CheckpointError: There is no such tensor, its type is not I32, or its file cannot be
+                read or was cut short since it was opened.
+            ClosedError: The weights were closed.
+        """
+        tensor = self._open_tensor(name)
+        if tensor.dtype != "I32":
+            raise CheckpointError(
+                f"{tensor.path}: {name!r} is stored as {tensor.dtype} and must be I32.",
+                _FETCH_AGAIN,
+            )
+        words = np.empty(tensor.shape, np.int32)
+        _fill(tensor, tensor.offset, words.reshape(-1))
+        return words
 
     def close(self) -> None:
         """Close the files; safe to call again."""
         self._closed = True
         self._files.close()
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -179,6 +191,12 @@ class Weights:
     ) -> None:
         self.close()
 
+    def _open_tensor(self, name: str) -> _Tensor:
+        tensor = self._tensor(name)
+        if self._closed:
+            raise ClosedError(f"{name!r} was read after close().", "Keep the Weights open.")
+        return tensor
+
     def _tensor(self, name: str) -> _Tensor:
         if name not in self._tensors:
             raise CheckpointError(
@@ -186,6 +204,20 @@ class Weights:
                 "It is incomplete, or config.json is of another model.",
             )
         return self._tensors[name]
+
+
+def checked_rows(name: str, rows: int, start: int | None, stop: int | None) -> tuple[int, int]:
+    """Rows [start, stop) of a tensor that has ``rows``; None stands for its first and last.
+
+    Raises:
+        ArgumentError: It does not have them.
+    """
+    first, end = start or 0, rows if stop is None else stop
+    if not 0 <= first <= end <= rows:
+        raise ArgumentError(
+            "start, stop", f"0 <= start <= stop <= {rows} (rows of {name!r})", (start, stop)
+        )
+    return first, end
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -258,27 +290,34 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, _Tensor]:
     }
 
 
-def _read(tensor: _Tensor, skip: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _read_floats(tensor: _Tensor, skip: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """``shape`` elements in float32, after the first ``skip`` ones."""
-    dtype = _DTYPES[tensor.dtype]
+    dtype = _FLOATS[tensor.dtype]
     rows = np.empty(shape, np.float32)
     flat = rows.reshape(-1)
     buffer = None if dtype == np.float32 else np.empty(min(_CHUNK, flat.size), dtype)
     for begin in range(0, flat.size, _CHUNK):
         target = flat[begin : begin + _CHUNK]
         chunk = target if buffer is None else buffer[: target.size]
-        offset = tensor.offset + (skip + begin) * dtype.itemsize
-        # Threads share the file and its position. (Reads without one, preadv, Windows lacks.)
-        try:
-            with tensor.lock:
-                tensor.file.seek(offset)
-                count = tensor.file.readinto(chunk.view(np.uint8).data)
-        except OSError as error:
-            raise CheckpointError(
-                f"{tensor.path} cannot be read: {error.strerror}.", _FETCH_AGAIN
-            ) from error
-        if count != chunk.nbytes:
-            raise CheckpointError(f"{tensor.path} was cut short during the export.", _FETCH_AGAIN)
+        _fill(tensor, tensor.offset + (skip + begin) * dtype.itemsize, chunk)
         if buffer is not None:
             target[:] = chunk
     return rows
+
+
+def _fill(tensor: _Tensor, offset: int, target: NDArray[Any]) -> None:
+    """Read the bytes at ``offset`` of the tensor's file into a contiguous array."""
+    # Threads share the file and its position. (Reads without one, preadv, Windows lacks.)
+    view, done = target.view(np.uint8).data, 0
+    try:
+        with tensor.lock:
+            tensor.file.seek(offset)
+            # One call gives at most 2 GiB.
+            while done < target.nbytes and (count := tensor.file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(
+            f"{tensor.path} cannot be read: {error.strerror}.", _FETCH_AGAIN
+        ) from error
+    if done != target.nbytes:
+        raise CheckpointError(f"{tensor.path} was cut short during the export.", _FETCH_AGAIN)

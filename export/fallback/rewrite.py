@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..graph.linear import ACCURACY_LEVEL, BYTE, FLOAT
 from ..graph.recorder import GraphRecorder, TensorInfo
-from ..quantize.storage import Storage, quantized_tensors
+from ..quantize.storage import RoundedMatrix, Storage, quantized_tensors
 from .find import Lookup, Matrix, Product, find, scopes
 from .initializers import Initializers, StoredMatrix
 
@@ -200,9 +200,9 @@ class _Writer:
         blob = self._storage.blob_shape(*self._shape(matrix))
         shape = blob if matrix in self._multiplied else (blob[0], blob[1] * blob[2])
 
-        def compute() -> tuple[list[NDArray[Any]], ...]:
-            array = self._initializers.array(matrix.name)
-            return quantized_tensors(StoredMatrix(array, matrix.transposed), self._storage)
+        def compute() -> list[list[NDArray[Any]]]:
+            stored = StoredMatrix(self._initializers.array(matrix.name), matrix.transposed)
+            return quantized_tensors(RoundedMatrix(stored, self._storage))
 
         self._graph.defer(
             [TensorInfo(blocks, BYTE, shape), TensorInfo(scales, FLOAT, blob[:2])], compute

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantize.storage import Storage, float_rows, quantized_tensors, transposed
+from edge_llm.errors import UnsupportedModelError
+
+from ..quantize.storage import (
+    QuantizedMatrix,
+    Storage,
+    float_rows,
+    quantized_tensors,
+    transposed,
+)
 from .matrices import Matrix
+from .quantized import quantized_parts
 from .recorder import GraphRecorder, TensorInfo
 
 __all__ = ["Vocabulary", "project"]
@@ -36,21 +45,28 @@ def project(
         path: The projection's place in the model, such as ``/model/layers.0/attn/o_proj``.
         source: The input's name.
         matrix: The weight as the checkpoint has it.
-        storage: How to store it.
+        storage: How to store it, unless the checkpoint has it as integers, which stay as they are.
         bias: Added to every row of the product.
     """
-    name = path.strip("/").replace("/", ".")
-    rows, columns = matrix.shape
-    bias_name = graph.constant(f"{name}.bias", bias) if bias is not None else ""
     if storage.block is None:
-        weight = f"{name}.weight"
+        name = _constant_name(path)
+        weight, (rows, columns) = f"{name}.weight", matrix.shape
         graph.defer([TensorInfo(weight, FLOAT, (columns, rows))], lambda: [[transposed(matrix)]])
         product = graph.op("MatMul", f"{path}/MatMul", [source, weight])
-        return graph.op("Add", f"{path}/Add", [product, bias_name]) if bias_name else product
-    blocks, scales = _defer_blocks(graph, name, matrix, storage)
-    return _matmul_nbits(
-        graph, f"{path}/MatMulNBits", [source, blocks, scales, "", "", bias_name], matrix, storage
-    )
+        if bias is None:
+            return product
+        return graph.op("Add", f"{path}/Add", [product, graph.constant(f"{name}.bias", bias)])
+    parts = quantized_parts(matrix, storage)
+    paths = [path] if len(parts) == 1 else [f"{path}/{i}" for i in range(len(parts))]
+    stops = np.cumsum([part.shape[0] for part in parts])
+    biases = [None] * len(parts) if bias is None else np.split(bias, stops[:-1])
+    products = [
+        _QuantizedWeight(graph, _constant_name(at), part).multiply(at, source, share)
+        for at, part, share in zip(paths, parts, biases, strict=True)
+    ]
+    if len(products) == 1:
+        return products[0]
+    return graph.op("Concat", f"{path}/Concat", products, axis=-1)
 
 
 class Vocabulary:
@@ -58,38 +74,111 @@ class Vocabulary:
 
     def __init__(self, graph: GraphRecorder, name: str, matrix: Matrix, storage: Storage) -> None:
         self._graph = graph
-        self._name = name
-        self._matrix = matrix
-        self._storage = storage
+        self._columns = matrix.shape[1]
+        self._quantized: _QuantizedWeight | None = None
         if storage.block is None:
             self._weight = f"{name}.weight"
             info = TensorInfo(self._weight, FLOAT, matrix.shape)
             graph.defer([info], lambda: [float_rows(matrix)])
         else:
-            self._weight, self._scales = _defer_blocks(graph, name, matrix, storage)
+            (part,) = quantized_parts(matrix, storage)
+            self._quantized = _QuantizedWeight(graph, name, part)
 
     def embed(self, tokens: str) -> str:
         """Rows of ``tokens`` int64 [batch, tokens]: float32 [batch, tokens, columns]."""
         graph, path = self._graph, "/model/embed_tokens"
-        if self._storage.block is None:
+        if self._quantized is None:
             return graph.op("Gather", f"{path}/Gather", [self._weight, tokens])
+        return self._quantized.gather(path, tokens)
+
+    def logits(self, hidden: str, *, softcap: float = 0.0) -> str:
+        """Scores of ``hidden`` float32 [n, columns] against every row: float32 [n, rows].
+
+        Args:
+            hidden: The input's name.
+            softcap: Bounds the scores s: ``softcap * tanh(s)``; 0: nothing does.
+        """
+        graph, path = self._graph, "/lm_head"
+        output = f"{path}/scores" if softcap else "logits"
+        if self._quantized is None:
+            # Gemm takes the weight as the embedding has it, so a tied model keeps one copy.
+            graph.op("Gemm", f"{path}/Gemm", [hidden, self._weight], outputs=[output], transB=1)
+        else:
+            self._quantized.multiply(path, hidden, output=output)
+        if not softcap:
+            return output
+        cap = graph.constant("logits_softcap", np.array(softcap, np.float32))
+        bounded = graph.op("Tanh", f"{path}/Tanh", [output])
+        return graph.op("Mul", f"{path}/Mul", [bounded, cap], outputs=["logits"])
+
+
+class _QuantizedWeight:
+    """The stored tensors of a quantized matrix, which several nodes may read."""
+
+    def __init__(self, graph: GraphRecorder, name: str, matrix: QuantizedMatrix) -> None:
+        self._graph = graph
+        self._name = name
+        self._matrix = matrix
+        storage, shape = matrix.storage, matrix.shape
+        blob = storage.blob_shape(*shape)
+        self._integers, self._scales = f"{name}.weight_q{storage.bits}", f"{name}.weight_scales"
+        self._zero_points = "" if storage.symmetric else f"{name}.weight_zero_points"
+        tensors = [
+            TensorInfo(self._integers, BYTE, blob),
+            TensorInfo(self._scales, FLOAT, blob[:2]),
+        ]
+        if self._zero_points:
+            packed = storage.zero_points_shape(*shape)
+            tensors.append(TensorInfo(self._zero_points, BYTE, packed))
+        graph.defer(tensors, lambda: quantized_tensors(matrix))
+
+    def multiply(
+        self, path: str, source: str, bias: NDArray[np.float32] | None = None, output: str = ""
+    ) -> str:
+        """``source`` [..., columns] times the transposed matrix, plus a bias [rows]."""
+        graph, name, storage = self._graph, self._name, self._matrix.storage
+        rows, columns = self._matrix.shape
+        if self._matrix.order is not None:
+            order = graph.constant(f"{name}.order", self._matrix.order.astype(np.int32))
+            source = graph.op("Gather", f"{path}/Gather", [source, order], axis=-1)
+        added = "" if bias is None else graph.constant(f"{name}.bias", bias)
+        return graph.microsoft(
+            "MatMulNBits",
+            f"{path}/MatMulNBits",
+            [source, self._integers, self._scales, self._zero_points, "", added],
+            outputs=[output] if output else [],
+            N=rows,
+            K=columns,
+            bits=storage.bits,
+            block_size=storage.block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def gather(self, path: str, tokens: str) -> str:
+        """Rows of ``tokens`` int64 [batch, tokens]: float32 [batch, tokens, columns]."""
+        graph, storage, (rows, columns) = self._graph, self._matrix.storage, self._matrix.shape
+        if self._matrix.order is not None or not storage.symmetric:
+            raise UnsupportedModelError(
+                "The embedding is quantized already, which the graph builder does not know.",
+                "Export from the unquantized checkpoint that it was made from.",
+            )
         # The gather reads the very bytes that MatMulNBits reads, as [rows, blocks, block]; only its
         # scales must have a third axis. A Reshape would be folded into a second copy of them.
-        view = f"{self._weight}_gather_scales"
-        graph.view(view, self._scales, (*self._storage.blob_shape(*self._matrix.shape)[:2], 1))
+        view = f"{self._integers}_gather_scales"
+        graph.view(view, self._scales, (*storage.blob_shape(rows, columns)[:2], 1))
         gathered = graph.microsoft(
             "GatherBlockQuantized",
             f"{path}/GatherBlockQuantized",
-            [self._weight, tokens, view],
-            bits=self._storage.bits,
-            block_size=self._storage.block,
+            [self._integers, tokens, view],
+            bits=storage.bits,
+            block_size=storage.block,
             gather_axis=0,
             quantize_axis=2,
         )
         shape = graph.constant("embedding_shape", np.array([0, 0, -1], np.int64))
         flat = graph.op("Reshape", f"{path}/Reshape", [gathered, shape])
-        columns = self._matrix.shape[1]
-        if columns % self._storage.block == 0:
+        assert storage.block is not None
+        if columns % storage.block == 0:
             return flat
         bounds = [
             graph.constant(f"embedding_slice_{key}", np.array([value], np.int64))
@@ -97,54 +186,6 @@ class Vocabulary:
         ]
         return graph.op("Slice", f"{path}/Slice", [flat, *bounds])
 
-    def logits(self, hidden: str) -> str:
-        """Scores of ``hidden`` float32 [n, columns] against every row: float32 [n, rows]."""
-        graph, path = self._graph, "/lm_head"
-        if self._storage.block is None:
-            # Gemm takes the weight as the embedding has it, so a tied model keeps one copy.
-            return graph.op(
-                "Gemm", f"{path}/Gemm", [hidden, self._weight], outputs=["logits"], transB=1
-            )
-        return _matmul_nbits(
-            graph,
-            f"{path}/MatMulNBits",
-            [hidden, self._weight, self._scales],
-            self._matrix,
-            self._storage,
-            output="logits",
-        )
 
-
-def _defer_blocks(
-    graph: GraphRecorder, name: str, matrix: Matrix, storage: Storage
-) -> tuple[str, str]:
-    """Promise the packed blocks and their scales; gives both names."""
-    blocks, scales = f"{name}.weight_q{storage.bits}", f"{name}.weight_scales"
-    blob = storage.blob_shape(*matrix.shape)
-    graph.defer(
-        [TensorInfo(blocks, BYTE, blob), TensorInfo(scales, FLOAT, blob[:2])],
-        lambda: quantized_tensors(matrix, storage),
-    )
-    return blocks, scales
-
-
-def _matmul_nbits(
-    graph: GraphRecorder,
-    name: str,
-    inputs: list[str],
-    matrix: Matrix,
-    storage: Storage,
-    output: str = "",
-) -> str:
-    rows, columns = matrix.shape
-    return graph.microsoft(
-        "MatMulNBits",
-        name,
-        inputs,
-        outputs=[output] if output else [],
-        N=rows,
-        K=columns,
-        bits=storage.bits,
-        block_size=storage.block,
-        accuracy_level=ACCURACY_LEVEL,
-    )
+def _constant_name(path: str) -> str:
+    return path.strip("/").replace("/", ".")

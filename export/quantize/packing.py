@@ -2,16 +2,34 @@
 
 A matrix [rows, columns] is cut along its columns into blocks of ``block`` weights, the last one
 filled up with zeros. A block is stored as ``block * bits / 8`` bytes, low nibble first at 4 bits,
-and one float32 scale: ``weight = (q - 2 ** (bits - 1)) * scale``. Source: ONNX Runtime's
-contrib operators, ``com.microsoft.MatMulNBits``.
+and one float32 scale: ``weight = (q - zero_point) * scale``. Zero points are ``2 ** (bits - 1)``
+throughout, or a tensor of their own: ``bits`` bits a block, those of a row packed as weights are.
+Source: ONNX Runtime's contrib operators, ``com.microsoft.MatMulNBits``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["block_count", "blocks_of", "pack", "unpack"]
+__all__ = ["Blocks", "block_count", "blocks_of", "pack", "unpack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Some rows of a matrix as blocks of integers.
+
+    Attributes:
+        integers: uint8 [n, blocks, block], each below ``2 ** bits``.
+        scales: float32 [n, blocks].
+        zero_points: uint8 [n, blocks].
+    """
+
+    integers: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8]
 
 
 def block_count(columns: int, block: int) -> int:

@@ -45,9 +45,23 @@ def quantize_rows(
 
 
 def dequantize_blocks(
-    quantized: NDArray[np.uint8], scales: NDArray[np.float32], *, bits: int, columns: int
+    quantized: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    zero_points: NDArray[np.uint8] | None = None,
+    *,
+    bits: int,
+    columns: int,
 ) -> NDArray[np.float32]:
-    """The weights that the integers stand for, float32 [n, columns]."""
-    half = 1 << (bits - 1)
-    values = (quantized.astype(np.float32) - half) * scales[..., None]
-    return values.reshape(values.shape[0], -1)[:, :columns]
+    """The weights that the integers stand for, float32 [n, columns].
+
+    Args:
+        quantized: uint8 [n, blocks, block].
+        scales: float32 [n, blocks].
+        zero_points: uint8 [n, blocks] (default: ``2 ** (bits - 1)``).
+        bits: 4 or 8.
+        columns: Weights of a row; what fills the last block up is left out.
+    """
+    zero = np.float32(1 << (bits - 1)) if zero_points is None else zero_points[..., None]
+    values = (quantized.astype(np.float32) - zero) * scales[..., None]
+    rows, blocks, block = values.shape
+    return values.reshape(rows, blocks * block)[:, :columns]

@@ -6,16 +6,24 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..graph.matrices import Matrix
-from .packing import block_count, pack
+from .packing import Blocks, block_count, pack
 from .rtn import quantize_rows
 
-__all__ = ["FLOAT32", "Storage", "float_rows", "quantized_tensors", "transposed"]
+__all__ = [
+    "FLOAT32",
+    "QuantizedMatrix",
+    "RoundedMatrix",
+    "Storage",
+    "float_rows",
+    "quantized_tensors",
+    "transposed",
+]
 
 # 256k weights are 1 MB as float32: the passes over a chunk stay in the second-level cache.
 CHUNK_WEIGHTS = 1 << 18
@@ -27,48 +35,106 @@ MOST_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """float32 (``bits`` 32, no block), or blocks of 4- or 8-bit integers with a float32 scale."""
+    """float32 (``bits`` 32, no block), or blocks of 4- or 8-bit integers with a float32 scale.
+
+    Blocks that are not ``symmetric`` have a zero point each.
+    """
 
     bits: int
     block: int | None
+    symmetric: bool = True
 
     def blob_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Shape of the packed bytes [rows, blocks, bytes of a block]."""
         assert self.block is not None
         return rows, block_count(columns, self.block), self.block * self.bits // 8
 
+    def zero_points_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the packed zero points [rows, bytes of a row's]."""
+        _, blocks, _ = self.blob_shape(rows, columns)
+        return rows, -(-blocks * self.bits // 8)
+
 
 FLOAT32 = Storage(32, None)
 
 
-def quantized_tensors(
-    matrix: Matrix, storage: Storage
-) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.float32]]]:
-    """Quantize a matrix a few rows at a time, several chunks at once.
+class QuantizedMatrix(Protocol):
+    """A matrix as blocks of integers, which are read a few rows at a time."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, as stored."""
+        ...
+
+    @property
+    def storage(self) -> Storage:
+        """What the integers are; ``block`` is not None."""
+        ...
+
+    @property
+    def order(self) -> NDArray[np.int64] | None:
+        """Which element of the input each column multiplies, [columns]; None: each its own."""
+        ...
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        """Rows [start, stop)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedMatrix:
+    """A float matrix, rounded to nearest."""
+
+    source: Matrix
+    storage: Storage
+    order: None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.source.shape
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        """Rows [start, stop)."""
+        bits, block = self.storage.bits, self.storage.block
+        assert block is not None
+        integers, scales = quantize_rows(self.source.read(start, stop), bits=bits, block=block)
+        return Blocks(integers, scales, np.full(scales.shape, 1 << (bits - 1), np.uint8))
+
+
+def quantized_tensors(matrix: QuantizedMatrix) -> list[list[NDArray[Any]]]:
+    """Read and pack a matrix a few rows at a time, several chunks at once.
 
     Returns:
-        The packed bytes, uint8 [rows, blocks, bytes], and the scales, float32 [rows, blocks]; each
-        as the one element of a list, the form in which deferred weights are written.
+        The packed bytes, uint8 [rows, blocks, bytes], the scales, float32 [rows, blocks], and,
+        unless the storage is symmetric, the packed zero points, uint8 [rows, bytes]; each as the
+        one element of a list, the form in which deferred weights are written.
     """
-    assert storage.block is not None
-    block, bits = storage.block, storage.bits
-    rows, columns = matrix.shape
+    storage, (rows, columns) = matrix.storage, matrix.shape
     packed = np.empty(storage.blob_shape(rows, columns), np.uint8)
     scales = np.empty(packed.shape[:2], np.float32)
+    zero_points = np.empty(storage.zero_points_shape(rows, columns), np.uint8)
     step = max(1, CHUNK_WEIGHTS // columns)
 
-    def quantize(start: int) -> None:
+    def store(start: int) -> None:
         stop = min(start + step, rows)
-        integers, scales[start:stop] = quantize_rows(
-            matrix.read(start, stop), bits=bits, block=block
-        )
-        packed[start:stop] = pack(integers, bits)
+        blocks = matrix.blocks(start, stop)
+        packed[start:stop] = pack(blocks.integers, storage.bits)
+        scales[start:stop] = blocks.scales
+        if not storage.symmetric:
+            zero_points[start:stop] = _pack_rows(blocks.zero_points, storage.bits)
 
     # numpy releases the interpreter lock inside its loops, so threads do run side by side.
     with ThreadPoolExecutor(_threads()) as pool:
-        for _ in pool.map(quantize, range(0, rows, step)):
+        for _ in pool.map(store, range(0, rows, step)):
             pass
-    return [packed], [scales]
+    return [[packed], [scales], *([] if storage.symmetric else [[zero_points]])]
+
+
+def _pack_rows(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack [n, blocks], where an odd number leaves half a byte of each row empty."""
+    odd = zero_points.shape[1] % 2 * (8 - bits) // 4
+    return pack(np.pad(zero_points, ((0, 0), (0, odd))), bits)
 
 
 def float_rows(matrix: Matrix) -> Iterator[NDArray[np.float32]]:

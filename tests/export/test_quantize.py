@@ -24,6 +24,7 @@ from edge_llm_export.quantize.packing import block_count, blocks_of, pack, unpac
 from edge_llm_export.quantize.rtn import dequantize_blocks, quantize_rows
 from edge_llm_export.quantize.storage import (
     FLOAT32,
+    RoundedMatrix,
     Storage,
     float_rows,
     quantized_tensors,
@@ -198,7 +199,7 @@ def test_rows_are_quantized_alike_in_chunks_of_any_size(
 ) -> None:
     monkeypatch.setattr(storage_module, "CHUNK_WEIGHTS", chunk)
     weights = random_rows(13, 70)
-    (packed,), (scales,) = quantized_tensors(Rows(weights), storage)
+    (packed,), (scales,) = quantized_tensors(RoundedMatrix(Rows(weights), storage))
     assert storage.block is not None
     assert packed.shape == storage.blob_shape(13, 70)
     integers, expected = quantize_rows(weights, bits=storage.bits, block=storage.block)
@@ -222,7 +223,7 @@ def test_threads_are_few(cores: int, expected: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(storage_module, "ThreadPoolExecutor", Pool)
     for names in (affinity, {"cpu_count": lambda: cores}):
         monkeypatch.setattr(storage_module, "os", SimpleNamespace(**names))
-        quantized_tensors(Rows(random_rows(13, 70)), Storage(4, 32))
+        quantized_tensors(RoundedMatrix(Rows(random_rows(13, 70)), Storage(4, 32)))
     assert pools == [expected, expected]
 
 
@@ -235,7 +236,7 @@ def test_what_goes_wrong_in_one_chunk_is_told(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(storage_module, "CHUNK_WEIGHTS", 1)
     with pytest.raises(OSError, match="the disk is gone"):
-        quantized_tensors(Broken(random_rows(13, 70)), Storage(4, 32))
+        quantized_tensors(RoundedMatrix(Broken(random_rows(13, 70)), Storage(4, 32)))
 
 
 def run(

@@ -208,6 +208,26 @@ def test_other_types_open_but_are_refused_when_read(tmp_path: Path, dtype: Any, 
             weights.read("w")
 
 
+def test_words_are_read_as_they_are(tmp_path: Path) -> None:
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (700, 500)).astype(np.int32)
+    save_file({"x": words, "none": words[:0], "floats": words.view(np.float32)}, tmp_path / SINGLE)
+    with Weights.open(tmp_path) as weights:
+        np.testing.assert_array_equal(weights.read_words("x"), words, strict=True)
+        assert weights.read_words("none").shape == (0, 500)
+        with pytest.raises(CheckpointError, match="'floats' is stored as F32 and must be I32"):
+            weights.read_words("floats")
+        with pytest.raises(CheckpointError, match="'x' is stored as I32; known are F32, F16"):
+            weights.read("x")
+        with pytest.raises(CheckpointError, match="no tensor 'y'"):
+            weights.read_words("y")
+        with (tmp_path / SINGLE).open("r+b") as file:
+            file.truncate((tmp_path / SINGLE).stat().st_size - 4)
+        with pytest.raises(CheckpointError, match="cut short"):
+            weights.read_words("x")
+    with pytest.raises(ClosedError, match="'x' was read after close"):
+        weights.read_words("x")
+
+
 def write_raw(path: Path, dtype: str, data: bytes, *, size: int | None = None) -> None:
     """A file of two elements, named w, written without the library."""
     entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, len(data) if size is None else size]}

@@ -1,0 +1,76 @@
+"""How matrices are stored: what was asked for, and what the checkpoint's integers allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edge_llm.errors import ArgumentError
+from edge_llm.manifest import Quantization, TensorQuantization
+
+from ..checkpoint.prequantized import Packing
+from ..choices import BLOCKS, DEFAULT_BLOCK, DEFAULT_QUANTIZATION, QUANTIZATIONS
+from .storage import FLOAT32, Storage
+
+__all__ = ["check_choice", "choose_storage", "describe_storage"]
+
+
+def check_choice(quantize: str | None, block: int | None) -> None:
+    """Refuse what no checkpoint can be stored as.
+
+    Raises:
+        ArgumentError: An argument is outside its domain.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ArgumentError("quantize", f"one of {', '.join(QUANTIZATIONS)}", quantize)
+    if block is not None and block not in BLOCKS:
+        raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
+    if quantize == "fp32" and block is not None:
+        raise ArgumentError("block", "left out with fp32, which has no blocks", block)
+
+
+def choose_storage(quantize: str | None, block: int | None, packing: Packing | None) -> Storage:
+    """How to store what the checkpoint has as floats.
+
+    Args:
+        quantize: "fp32", "int8", "int4", or None: as many bits as the checkpoint's integers have,
+            or else the default.
+        block: Weights that share a scale, or None: the default.
+        packing: The checkpoint's integers, which stay as they are unless ``quantize`` is "fp32".
+
+    Raises:
+        ArgumentError: An argument contradicts ``packing``.
+    """
+    if quantize == "fp32":
+        return FLOAT32
+    bits = QUANTIZATIONS[quantize or DEFAULT_QUANTIZATION]
+    if packing is not None:
+        remedy = f"The checkpoint is quantized already ({packing}) and keeps its integers."
+        if quantize is not None and bits != packing.bits:
+            raise ArgumentError("quantize", f"int{packing.bits} or fp32", quantize, remedy)
+        if block not in (None, packing.block):
+            raise ArgumentError("block", f"{packing.block} or left out", block, remedy)
+        bits = packing.bits
+    return Storage(bits, block or DEFAULT_BLOCK)
+
+
+def describe_storage(
+    storage: Storage, packing: Packing | None, floats: Iterable[str]
+) -> Quantization:
+    """What the manifest says.
+
+    Args:
+        storage: How what the checkpoint has as floats is stored.
+        packing: The checkpoint's integers.
+        floats: The matrices that it has as floats.
+    """
+    other = TensorQuantization(bits=storage.bits, block=storage.block)
+    if packing is None or storage == FLOAT32:
+        method = "rtn" if storage.block else "none"
+        return Quantization(method=method, bits=other.bits, block=other.block, exceptions={})
+    own = TensorQuantization(bits=packing.bits, block=packing.block)
+    return Quantization(
+        method=packing.method,
+        bits=own.bits,
+        block=own.block,
+        exceptions={} if other == own else dict.fromkeys(floats, other),
+    )
