@@ -10,7 +10,10 @@ from onnx import helper
 
 from .initializers import Initializers
 
-__all__ = ["Lookup", "Matrix", "Product", "find", "scopes"]
+__all__ = ["Found", "Lookup", "Matrix", "Product", "find", "scopes"]
+
+# Operators that treat the scores of a token one by one.
+_POINTWISE = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,22 @@ class Lookup:
         return (self.indices,)
 
 
-def find(
-    graph: onnx.GraphProto, initializers: Initializers, vocab: int
-) -> dict[str, Product | Lookup]:
-    """What the graph computes with stored float32 matrices, by the name of the result.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What :func:`find` finds.
+
+    Attributes:
+        stored: What the graph computes with stored matrices, by the name of the result.
+        head: The result of the head's product, whose tokens do not depend on one another from
+            there on; "" where the logits are made in another way.
+    """
+
+    stored: dict[str, Product | Lookup]
+    head: str
+
+
+def find(graph: onnx.GraphProto, initializers: Initializers, vocab: int) -> Found:
+    """Find what a graph computes with stored float32 matrices.
 
     Args:
         graph: The graph, in topological order.
@@ -65,9 +80,8 @@ def find(
         vocab: Rows of a table that holds the vocabulary; other tables are left alone.
     """
     finder = _Finder(graph, initializers)
-    for node in graph.node:
-        finder.visit(node, vocab)
-    return finder.found
+    stored = {node.output[0]: new for node in graph.node if (new := finder.visit(node, vocab))}
+    return Found(stored, finder.head())
 
 
 def scopes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
@@ -80,32 +94,40 @@ def scopes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 
 class _Finder:
-    """One walk through a graph."""
+    """Questions about a graph's nodes."""
 
     def __init__(self, graph: onnx.GraphProto, initializers: Initializers) -> None:
-        self.found: dict[str, Product | Lookup] = {}
         self._initializers = initializers
         self._makers = {name: node for node in graph.node for name in node.output}
 
-    def visit(self, node: onnx.NodeProto, vocab: int) -> None:
-        """Look at one node; those in front of it were looked at."""
-        if node.domain not in ("", "ai.onnx"):
-            return
+    def visit(self, node: onnx.NodeProto, vocab: int) -> Product | Lookup | None:
+        """What a node computes with a stored matrix."""
         settings = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-        new: Product | Lookup | None = None
         if node.op_type == "MatMul":
-            new = self._product(*node.input, rows_first=False)
-        elif node.op_type == "Gemm" and not settings.get("transA"):
-            # With factors other than 1 the product is another one, which models do not use.
-            if {settings.get("alpha", 1.0), settings.get("beta", 1.0)} == {1.0}:
-                new = self._gemm(node, rows_first=bool(settings.get("transB")))
-        elif node.op_type == "Gather" and not settings.get("axis"):
+            return self._product(*node.input, rows_first=False)
+        if node.op_type == "Gemm":
+            # Other factors or a transposed source make another product, which models do not use.
+            usual = settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0
+            if usual and not settings.get("transA"):
+                return self._gemm(node, rows_first=bool(settings.get("transB")))
+        if node.op_type == "Gather" and not settings.get("axis"):
             table = self._origin(node.input[0])
             rows = self._initializers.shape(table.name)[:1] if self._is_matrix(table.name) else ()
             if rows == (vocab,) and not table.transposed:
-                new = Lookup(table, node.input[1])
-        if new is not None:
-            self.found[node.output[0]] = new
+                return Lookup(table, node.input[1])
+        return None
+
+    def head(self) -> str:
+        """See :class:`Found`."""
+        name = "logits"
+        while (maker := self._makers.get(name)) is not None:
+            if maker.op_type == "MatMul":
+                return name if self._is_matrix(self._origin(maker.input[1]).name) else ""
+            varying = [one for one in maker.input if not self._is_shared(one)]
+            if maker.op_type not in _POINTWISE or len(varying) != 1:
+                break
+            name = varying[0]
+        return ""
 
     def _product(self, source: str, weight: str, *, rows_first: bool) -> Product | None:
         matrix = self._origin(weight)
@@ -141,6 +163,11 @@ class _Finder:
                 break
             name = maker.input[0]
         return Matrix(name, transposed)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether it is a constant that is the same for every token: one number, or a vector."""
+        origin = self._origin(name).name
+        return origin in self._initializers and len(self._initializers.shape(origin)) < 2
 
     def _is_matrix(self, name: str) -> bool:
         known = self._initializers

@@ -186,7 +186,7 @@ def read_model(config_json: Mapping[str, Any]) -> OptimumModel:
         )
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"transformers cannot read config.json: {error}",
+            f"transformers cannot read config.json: {error}.",
             "Take the config.json that belongs to the weights.",
         ) from error
     if config.is_encoder_decoder:

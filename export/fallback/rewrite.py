@@ -2,7 +2,8 @@
 
 ``MatMul`` and ``Gemm`` with a stored matrix become ``MatMulNBits``, and the token embedding's
 ``Gather`` becomes ``GatherBlockQuantized``. A matrix that several nodes read is stored once, so a
-tied head shares the embedding's bytes. All other nodes stay as they are.
+tied head shares the embedding's bytes. All other nodes stay as they are, except that a graph whose
+head is found takes an input more: how many of the last tokens are to be scored.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from .find import Lookup, Matrix, Product, find, scopes
 from .initializers import Initializers, StoredMatrix
 
 __all__ = ["Rewritten", "rewrite"]
+
+SCORED = "num_logits_to_keep"
+"""The input's name, as in transformers.js' graphs: an int64 scalar of at least 1."""
 
 # Smaller constants stay inside the graph file.
 INSIDE_BYTES = 1 << 12
@@ -53,13 +57,14 @@ def rewrite(
         storage: How the matrices are to be stored; float32 leaves them as they are.
         vocab: Rows of a table that holds the vocabulary.
     """
-    found = find(model.graph, initializers, vocab) if storage.block is not None else {}
-    nodes, live = _live(model.graph, initializers, found)
+    found = find(model.graph, initializers, vocab)
+    stored = found.stored if storage.block is not None else {}
+    nodes, live = _live(model.graph, initializers, stored)
     same = initializers.distinct(name for name in initializers if name in live)
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
     graph = GraphRecorder(model.graph.name, opset=opset)
     graph.declare(model.graph.input, model.graph.output)
-    news = [found.get(node.output[0]) for node in nodes]
+    news = [stored.get(node.output[0]) for node in nodes]
     multiplied = {new.matrix for new in news if isinstance(new, Product)}
     writer = _Writer(graph, initializers, storage, multiplied)
     for name in dict.fromkeys(same.values()):
@@ -68,10 +73,12 @@ def rewrite(
     for node, new in zip(nodes, news, strict=True):
         for one in scopes(node):
             one.input[:] = [same.get(name, name) for name in one.input]
+        if found.head in node.output:
+            node.input[0] = _last_tokens(graph, node.input[0])
         if isinstance(new, Product):
-            writer.product(node, new, same.get(new.bias, ""))
+            writer.product(node, new.matrix, same.get(new.bias, ""))
         elif isinstance(new, Lookup):
-            writer.lookup(node, new)
+            writer.lookup(node, new.matrix)
         else:
             graph.copy(node)
             tables |= set(node.input[:1]) if node.op_type == "Gather" else set()
@@ -96,6 +103,19 @@ def _live(
         new = found.get(node.output[0])
         live.update(new.inputs if new else (name for one in scopes(node) for name in one.input))
     return nodes[::-1], live
+
+
+def _last_tokens(graph: GraphRecorder, states: str) -> str:
+    """Of the states [batch, tokens, hidden], those of the last tokens that are to be scored."""
+    wanted = graph.input(SCORED, np.int64, [])
+    path = "/lm_head/last_tokens"
+    first, axis, end = (
+        graph.constant(f"{path}/{name}", np.array([value], np.int64))
+        for name, value in (("first", 0), ("axis", 1), ("end", np.iinfo(np.int64).max))
+    )
+    count = graph.op("Unsqueeze", f"{path}/Unsqueeze", [wanted, first])
+    start = graph.op("Neg", f"{path}/Neg", [count])
+    return graph.op("Slice", f"{path}/Slice", [states, start, end, axis])
 
 
 class _Writer:
@@ -123,14 +143,14 @@ class _Writer:
             info = TensorInfo(name, array.dtype, array.shape)
             self._graph.defer([info], lambda: [[self._initializers.array(name)]])
 
-    def product(self, node: onnx.NodeProto, product: Product, bias: str) -> None:
+    def product(self, node: onnx.NodeProto, matrix: Matrix, bias: str) -> None:
         """Record a product in the place of ``node``."""
-        blocks, scales = self._blocks(product.matrix)
-        rows, columns = self._shape(product.matrix)
+        blocks, scales = self._blocks(matrix)
+        rows, columns = self._shape(matrix)
         self._graph.microsoft(
             "MatMulNBits",
             f"{node.name}/MatMulNBits",
-            [product.source, blocks, scales, "", "", bias],
+            [node.input[0], blocks, scales, "", "", bias],
             outputs=node.output,
             N=rows,
             K=columns,
@@ -139,12 +159,12 @@ class _Writer:
             accuracy_level=ACCURACY_LEVEL,
         )
 
-    def lookup(self, node: onnx.NodeProto, lookup: Lookup) -> None:
+    def lookup(self, node: onnx.NodeProto, matrix: Matrix) -> None:
         """Record a lookup in the place of ``node``."""
-        blocks, scales = self._blocks(lookup.matrix)
-        rows, columns = self._shape(lookup.matrix)
+        blocks, scales = self._blocks(matrix)
+        rows, columns = self._shape(matrix)
         assert self._storage.block is not None
-        if lookup.matrix in self._multiplied:
+        if matrix in self._multiplied:
             # The very bytes that MatMulNBits reads, as rows that are not cut into blocks.
             blob = self._storage.blob_shape(rows, columns)
             blocks = self._graph.view(f"{blocks}_rows", blocks, (rows, blob[1] * blob[2]))
@@ -153,7 +173,7 @@ class _Writer:
         gathered = self._graph.microsoft(
             "GatherBlockQuantized",
             path,
-            [blocks, lookup.indices, scales],
+            [blocks, node.input[1], scales],
             outputs=[] if padded else node.output,
             bits=self._storage.bits,
             block_size=self._storage.block,

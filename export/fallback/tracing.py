@@ -166,7 +166,8 @@ def _export(model: Any, target: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    line = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    return f"{type(error).__name__}: {line}."
 
 
 @contextmanager
@@ -184,6 +185,7 @@ def _quiet() -> Iterator[None]:
         for text in (
             "You are using the legacy TorchScript-based ONNX export",
             "The feature will be removed. Please remove usage of this function",
+            "`torch.jit.script` is deprecated",
         ):
             warnings.filterwarnings("ignore", text, DeprecationWarning)
         warnings.filterwarnings(

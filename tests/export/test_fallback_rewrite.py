@@ -308,3 +308,49 @@ def test_what_no_output_needs_goes(tmp_path: Path) -> None:
     written = write(rewritten(model, tmp_path), tmp_path)
     assert kinds(written) == ["MatMulNBits"]
     assert not [one.name for one in written.graph.initializer if "unused" in one.name]
+
+
+@pytest.mark.parametrize("storage", [FLOAT32, INT4])
+def test_the_head_scores_as_many_of_the_last_tokens_as_are_wanted(
+    storage: Storage, tmp_path: Path
+) -> None:
+    weights, bias = noise(VOCAB, 64), noise(VOCAB)
+    nodes = [
+        node("Gather", ["w", "ids"], "e"),
+        node("Transpose", ["w"], "t", perm=[1, 0]),
+        node("MatMul", ["e", "t"], "p"),
+        node("Add", ["bias", "p"], "s"),
+        node("Mul", ["s", "half"], "h"),
+        node("Tanh", ["h"], "logits"),
+    ]
+    arrays = {"w": weights, "bias": bias, "half": np.array(0.5, np.float32)}
+    inputs = [("ids", TensorProto.INT64, ("b", "n"))]
+    model = graph_of(nodes, arrays, inputs=inputs, outputs=["logits", "e"])
+    write(rewritten(model, tmp_path, storage), tmp_path)
+    table = weights if storage == FLOAT32 else rounded(weights, storage)
+    expected = np.tanh((table[TOKENS] @ table.T + bias) * 0.5)
+    for wanted in (1, 2, 3, 100):
+        logits, states = run(tmp_path, ids=TOKENS, num_logits_to_keep=np.array(wanted))
+        assert np.array_equal(states, table[TOKENS])
+        assert logits.shape == expected[:, -wanted:].shape
+        assert close(logits, expected[:, -wanted:])
+
+
+@pytest.mark.parametrize("how", ["a Gemm", "a sum over tokens", "a factor per token"])
+def test_logits_that_are_made_in_another_way_are_all_given(how: str, tmp_path: Path) -> None:
+    weights, x = noise(64, VOCAB), noise(3, 64)
+    nodes = {
+        "a Gemm": [node("Gemm", ["x", "w"], "logits")],
+        "a sum over tokens": [
+            node("MatMul", ["x", "w"], "p"),
+            node("CumSum", ["p", "axis"], "logits"),
+        ],
+        "a factor per token": [
+            node("MatMul", ["x", "w"], "p"),
+            node("Mul", ["p", "factors"], "logits"),
+        ],
+    }[how]
+    arrays: Arrays = {"w": weights, "axis": np.array(0), "factors": noise(3, 1)}
+    model = write(rewritten(graph_of(nodes, arrays, outputs=["logits"]), tmp_path), tmp_path)
+    assert [one.name for one in model.graph.input] == ["x"]
+    assert run(tmp_path, x=x)[0].shape == (3, VOCAB)
