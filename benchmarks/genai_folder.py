@@ -126,9 +126,9 @@ def make_folder(folder: Path, shape: str) -> Path:
     if not (target / "genai_config.json").is_file():
         here = Path(__file__).parent
         subprocess.run([sys.executable, here / "shapes.py", shape, checkpoint], check=True)
-        command = [sys.executable, here / "genai_builder.py", "-i", checkpoint, "-o", target]
-        cache = folder / "genai-cache"
-        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", cache], check=True)
+        command = [sys.executable, str(here / "genai_builder.py"), "-p", "int4", "-e", "cpu"]
+        folders = ["-i", str(checkpoint), "-o", str(target), "-c", str(folder / "genai-cache")]
+        subprocess.run([*command, *folders], check=True)
     return target
 
 

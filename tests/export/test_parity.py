@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from edge_llm import LLM
 from edge_llm.bundle import Bundle
 from edge_llm.runtime.decoder import Decoder
+from edge_llm.runtime.kv_cache import KVCache
 from edge_llm.runtime.layouts import open_decoder as open_graph
 from edge_llm.runtime.session import create_session
 from edge_llm_export import export_model
