@@ -240,7 +240,10 @@ class LayerBuilder:
         tables = self.tables[spec.rope] if spec.rope else ("", "")
         # Optional inputs (position_ids to k_norm_weight) stay out; query_lens is the 17th.
         inputs = [*heads, *past, "seqlens_k", "total_sequence_length", *tables]
-        options = {"local_window_size": spec.window} if spec.window else {}
+        # The buffer of a window holds little more than the window: the operator drops the rest.
+        options = (
+            {"local_window_size": spec.window, "sliding_window_cache": 1} if spec.window else {}
+        )
         return self.graph.microsoft(
             "GroupQueryAttention",
             node,

@@ -131,7 +131,10 @@ def _declare_state(graph: GraphRecorder, spec: DecoderSpec) -> tuple[StateTensor
     """One key and one value buffer per layer: [batch, kv_heads, capacity, head_dim]."""
     shape = ("batch", spec.kv_heads, "capacity", spec.padded_head_dim)
     state = []
-    for i in range(spec.layers):
+    for i, attention in enumerate(spec.attention):
+        # The buffers of windows have a capacity of their own.
+        length = f"capacity_{attention.window}" if attention.window else "capacity"
+        declared = ("batch", spec.kv_heads, length, spec.padded_head_dim)
         for part in ("key", "value"):
             one = StateTensor(
                 input=f"past.{i}.{part}",
@@ -141,10 +144,11 @@ def _declare_state(graph: GraphRecorder, spec: DecoderSpec) -> tuple[StateTensor
                 batch_axis=0,
                 sequence_axis=2,
                 shared=True,
-                kind="kv",
+                kind="window" if attention.window else "kv",
+                window=attention.window,
             )
-            graph.input(one.input, np.float32, shape)
-            graph.output(one.output, np.float32, shape)
+            graph.input(one.input, np.float32, declared)
+            graph.output(one.output, np.float32, declared)
             state.append(one)
     return tuple(state)
 
