@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from edge_llm.huggingface.files import read_json
 
-__all__ = ["ConfigReader", "RopeConfig", "read_config", "read_json"]
+__all__ = ["ConfigReader", "RopeConfig", "read_config"]
 
 T = TypeVar("T")
 
@@ -275,29 +275,6 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "Export a checkpoint of its text model alone.",
             )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: The file is missing, unreadable, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.", "Give the folder of a whole checkpoint."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON: {error}.", "Download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold an object, got {_shorten(content)}.", "Download it again."
-        )
-    return content
 
 
 def _read_rope(source: str, details: dict[str, Any], theta: float) -> RopeConfig:

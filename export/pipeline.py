@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_llm.errors import ArgumentError, CheckpointError
+from edge_llm.huggingface.tokenizer import TokenizerFiles, read_tokenizer
 from edge_llm.manifest import (
     FORMAT,
     ChatTemplates,
@@ -23,11 +24,11 @@ from edge_llm.manifest import (
     Source,
     Tokens,
 )
+from edge_llm.staging import check_target, staged
 
 from .architectures.registry import read_architecture
 from .architectures.spec import DecoderSpec
 from .checkpoint.hub import Checkpoint, resolve
-from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
 from .choices import (
     BLOCKS,
@@ -40,7 +41,7 @@ from .config import read_config
 from .evaluate.selfcheck import run_once
 from .graph.decoder import build_decoder
 from .quantize.storage import FLOAT32, Storage
-from .writer import BundleWriter, check_target, staged
+from .writer import BundleWriter
 
 __all__ = ["Progress", "export_model"]
 
@@ -136,7 +137,7 @@ def _read(
     spec = read_architecture(config, ignore=ignore)
     context = _context(spec, max_context)
     files = read_tokenizer(checkpoint.path, config)
-    _check_tokens(files, spec.vocab)
+    files.check(spec.vocab)
     return _Plan(checkpoint=checkpoint, spec=spec, files=files, storage=storage, context=context)
 
 
@@ -153,23 +154,6 @@ def _context(spec: DecoderSpec, max_context: int | None) -> int:
             "The model was not trained beyond that.",
         )
     return max_context
-
-
-def _check_tokens(files: TokenizerFiles, vocab: int) -> None:
-    """Refuse ids that the model has no row for."""
-    if files.vocab_size > vocab:
-        raise CheckpointError(
-            f"tokenizer.json has ids up to {files.vocab_size - 1}, but the model's vocabulary "
-            f"has {vocab} rows.",
-            "Use the tokenizer that belongs to this checkpoint.",
-        )
-    for name, ids in {"bos": [files.bos], "eos": files.eos, "pad": [files.pad]}.items():
-        for token in ids:
-            if token is not None and token >= vocab:
-                raise CheckpointError(
-                    f"{name}_token_id is {token}, but the model's vocabulary has {vocab} rows.",
-                    "Repair it in generation_config.json and config.json.",
-                )
 
 
 def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
@@ -232,17 +216,9 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
             f"{files.tokenizer_json} cannot be read: {error.strerror}.", "Download it again."
         ) from error
     writer.write("tokenizer.json", tokenizer)
-    templates = {}
-    for name, source in files.chat_templates.items():
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            raise CheckpointError(
-                f"The chat template's name {name!r} cannot be a file's name.",
-                "Rename it in tokenizer_config.json.",
-            )
-        default = name == "default"
-        path = "chat_template.jinja" if default else f"additional_chat_templates/{name}.jinja"
-        writer.write(path, source.encode("utf-8"))
-        templates[name] = path
+    templates = files.template_paths()
+    for name, path in templates.items():
+        writer.write(path, files.chat_templates[name].encode("utf-8"))
     return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
 
 
