@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from edge_llm.huggingface.files import read_json
+from edge_llm.huggingface.files import MULTIMODAL, read_json
 
 __all__ = ["ConfigReader", "RopeConfig", "read_config"]
 
@@ -23,16 +23,6 @@ _DOMAINS: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
-
-# A checkpoint with one of these holds a text model beside an image or audio model.
-_MULTIMODAL = (
-    "text_config",
-    "vision_config",
-    "audio_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-)
 
 # Keys that do not change a decoder's forward pass at inference: where the file comes from and how
 # transformers is to load it, training, other heads and tasks, and what read_tokenizer reads.
@@ -267,7 +257,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UnsupportedModelError: It describes a multimodal model.
     """
     config = read_json(folder / "config.json")
-    for name in _MULTIMODAL:
+    for name in MULTIMODAL:
         if config.get(name) is not None:
             raise UnsupportedModelError(
                 f"config.json: {name} says that this {config.get('model_type')!r} model is "

@@ -8,7 +8,17 @@ from typing import Any
 
 from edge_llm.errors import CheckpointError
 
-__all__ = ["read_json"]
+__all__ = ["MULTIMODAL", "read_json"]
+
+MULTIMODAL = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+)
+"""Keys of a config.json whose model holds a text model beside an image or audio model."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
