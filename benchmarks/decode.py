@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from edge_llm import LLM
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment, random_prompts
+from edge_llm.runtime.own_layout import OwnDecoder
 from edge_llm.runtime.session import import_onnxruntime
 from edge_llm_export import export_model
 
@@ -52,17 +53,16 @@ class BareLoop:
     """
 
     def __init__(self, llm: LLM) -> None:
-        manifest, context = llm.manifest, llm.context
+        manifest = llm.manifest
         self._ort = import_onnxruntime()
         decoder = llm._engine._decoder
         assert decoder is not None
-        self._session = decoder._session
+        assert isinstance(decoder, OwnDecoder), "a bundle of edge-llm's own layout is needed"
+        self._session = decoder.graph.session
         self._binding = self._session.io_binding()
         self._kept: dict[str, tuple[NDArray[Any], Any]] = {}
-        sizes = {"batch": 1, "capacity": context}
         for state in manifest.decoder.state:
-            shape = tuple(sizes[n] if isinstance(n, str) else n for n in state.shape)
-            value = self._input(state.input, np.zeros(shape, state.dtype))
+            value = self._input(state.input, np.zeros_like(decoder.cache.buffers[state.input]))
             self._binding.bind_ortvalue_output(state.output, value)
         self._query_lens = np.zeros(1, np.int32)
         self._seqlens_k = np.zeros(1, np.int32)

@@ -39,7 +39,7 @@ from edge_llm.options import (
 )
 from edge_llm.results import Chunk, Completion, Score
 from edge_llm.runtime.decoder import Decoder
-from edge_llm.runtime.kv_cache import KVCache
+from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import create_session, resolve_threads
 from edge_llm.text.chat import ChatTemplate, encode_chat
 from edge_llm.text.tokenizer import Tokenizer
@@ -47,7 +47,6 @@ from edge_llm.text.tokenizer import Tokenizer
 __all__ = ["LLM"]
 
 DEFAULT_CONTEXT = 4096
-WIDEST_CHUNK = 512
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -101,7 +100,6 @@ class LLM:
         self.context: int = integer("context", context, 2, dims.context) or min(
             dims.context, DEFAULT_CONTEXT
         )
-        widest = min(self.context, WIDEST_CHUNK)
         fixed = integer("prefill_chunk", prefill_chunk, 1, self.context)
         self.threads: int = resolve_threads(threads)
         try:
@@ -123,9 +121,10 @@ class LLM:
             threads=self.threads,
             minimum=self.manifest.min_onnxruntime,
         )
-        cache = KVCache(self.manifest.decoder.state, rows=1, capacity=self.context)
-        decoder = Decoder(session, self.manifest, cache)
-        planner = ChunkPlanner(fixed=fixed, widest=widest, single_token=_single_token(decoder))
+        decoder = open_decoder(session, self.manifest, capacity=self.context)
+        planner = ChunkPlanner(
+            fixed=fixed, widest=decoder.widest, single_token=_single_token(decoder)
+        )
         self._engine = Engine(decoder, Slot(decoder, planner))
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self._finalizer = weakref.finalize(self, self._engine.close)

@@ -41,13 +41,13 @@ class Slot:
         the same logits however much of it is reused.
 
         Returns:
-            How many tokens of the prompt are in the cache.
+            How many tokens of the prompt are in the cache; none where what comes behind them
+            cannot be dropped from a window.
         """
         limit = min(self.length, max(0, len(prompt) - 2))
         different = np.flatnonzero(self._held[:limit] != prompt[:limit])
         common = int(different[0]) if len(different) else limit
-        self._decoder.cache.truncate(0, common)
-        return common
+        return self._decoder.cache.truncate(0, common)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,24 +1,32 @@
-"""The decoder's state: buffers that are allocated once and updated in place."""
+"""The decoder's state in buffers that are allocated once and updated in place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.errors import ArgumentError, UnsupportedFormatError
 from edge_llm.manifest import StateTensor
+from edge_llm.runtime.decoder import WIDEST_STEP
 
-__all__ = ["KVCache", "state_bytes"]
+__all__ = ["KVCache", "allocate", "state_bytes", "state_capacity"]
+
+# Rows of a window's buffer besides the window: so many tokens come between two evictions, and so
+# many at most can be taken back. A prompt's widest chunk fits, so that few are staged in a copy.
+WINDOW_SLACK = WIDEST_STEP
 
 
 class KVCache:
     """One buffer per state tensor, [rows, kv_heads, capacity, head_dim], and each row's length.
 
-    What lies behind a row's length is never read, so rolling back is a smaller length. Memory is
-    committed by the system only as rows grow: an untouched page of zeros costs nothing.
+    What lies behind a row's length is never read, so rolling back is a smaller length. A window's
+    buffer holds fewer tokens: GroupQueryAttention moves its last ones to the front whenever it is
+    full, and then only what came since can be taken back.
+
+    Memory is committed by the system only as rows grow: an untouched page of zeros costs nothing.
 
     Args:
         state: The decoder's state, as the manifest lists it.
@@ -26,52 +34,112 @@ class KVCache:
         capacity: Most tokens of a row.
 
     Raises:
-        UnsupportedFormatError: A tensor is not a shared buffer that grows a row a token.
+        UnsupportedFormatError: A tensor is not a shared buffer.
         ArgumentError: There is no memory for this capacity.
     """
 
     def __init__(self, state: Sequence[StateTensor], *, rows: int, capacity: int) -> None:
         for one in state:
-            if one.kind != "kv" or not one.shared:
+            if not one.shared:
                 raise UnsupportedFormatError(
-                    f"The state {one.input!r} is of kind {one.kind!r}, shared {one.shared}; this "
-                    "runtime holds the kind 'kv' in shared buffers only.",
-                    "Upgrade edge-llm.",
+                    f"The state {one.input!r} is not shared by input and output, which this "
+                    "layout's buffers are.",
+                    "Export the bundle again.",
                 )
         self.rows = rows
         self.capacity = capacity
         self.lengths = np.zeros(rows, np.int32)
-        try:
-            self.buffers: dict[str, NDArray[np.generic]] = {
-                one.input: np.zeros(_shape(one, rows, capacity), one.dtype) for one in state
-            }
-        except (MemoryError, ValueError) as error:  # numpy has two words for "too large"
-            size = state_bytes(state, rows=rows, capacity=capacity)
-            raise ArgumentError(
-                "context",
-                f"small enough for its cache of {size} bytes to be allocated",
-                capacity,
-                "Load the model with a smaller context.",
-            ) from error
+        shapes = {one.input: _shape(one, rows, capacity) for one in state}
+        self.buffers = allocate(shapes, state, rows=rows, capacity=capacity)
+        self._windows = sorted(
+            {(state_capacity(one, capacity), one.window) for one in state if one.window}
+        )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+    def advance(self, row: int, count: int) -> None:
+        """A step has added ``count`` tokens to a row."""
+        self.lengths[row] += count
 
-    def truncate(self, row: int, length: int) -> None:
-        """Forget what a row holds from ``length`` on."""
-        assert 0 <= length <= self.lengths[row]
+    def abandon(self, row: int, count: int) -> None:
+        """A step that was to add ``count`` tokens was ended in the middle.
+
+        Some layers' windows may have moved on for it already; then nothing in the row is of use.
+        """
+        length = int(self.lengths[row])
+        if self.shortest(length + count) > length:
+            self.lengths[row] = 0
+
+    def truncate(self, row: int, length: int) -> int:
+        """Forget what a row holds from ``length`` on.
+
+        Returns:
+            What is left: ``length``, or 0 where a window no longer holds what is in front of it.
+        """
+        held = int(self.lengths[row])
+        assert 0 <= length <= held
+        if length < self.shortest(held):
+            length = 0
         self.lengths[row] = length
+        return length
+
+    def shortest(self, length: int) -> int:
+        """The length, besides 0, below which a row of ``length`` tokens cannot be rolled back.
+
+        With a capacity of C rows, a window of W and G = C - W + 1, GroupQueryAttention has dropped
+        the first ``G * ceil((T - C) / G)`` of T tokens (0 up to T = C) and holds the others from
+        its first row on (github.com/microsoft/onnxruntime, pull request 32419). Both hold for a
+        smaller T, and the rows stay where they are, as long as the same tokens would have been
+        dropped there: down to W tokens behind them.
+        """
+        shortest = 0
+        for capacity, window in self._windows:
+            if length > capacity:
+                block = capacity - window + 1
+                dropped = block * -((capacity - length) // block)
+                shortest = max(shortest, dropped + window)
+        return shortest
+
+
+def state_capacity(state: StateTensor, capacity: int) -> int:
+    """Tokens for which a tensor's buffer has room, in a cache of ``capacity`` tokens a row."""
+    if state.window is None:
+        return capacity
+    # The operator refuses a buffer below the window, even where the context is shorter.
+    return max(state.window, min(capacity, state.window + WINDOW_SLACK))
 
 
 def state_bytes(state: Sequence[StateTensor], *, rows: int, capacity: int) -> int:
-    """Bytes that a cache of this size takes when it is full."""
+    """Bytes that a cache of this size takes when it is full.
+
+    A state that is not shared is held twice: a step reads one copy and writes the other.
+    """
     return sum(
-        math.prod(_shape(one, rows, capacity)) * np.dtype(one.dtype).itemsize for one in state
+        math.prod(_shape(one, rows, capacity))
+        * np.dtype(one.dtype).itemsize
+        * (1 if one.shared else 2)
+        for one in state
     )
 
 
+def allocate(
+    shapes: Mapping[str, tuple[int, ...]], state: Sequence[StateTensor], *, rows: int, capacity: int
+) -> dict[str, NDArray[np.generic]]:
+    """Zeros for every tensor of a state, by input's name.
+
+    Raises:
+        ArgumentError: There is no memory for this capacity.
+    """
+    try:
+        return {one.input: np.zeros(shapes[one.input], one.dtype) for one in state}
+    except (MemoryError, ValueError) as error:  # numpy has two words for "too large"
+        size = state_bytes(state, rows=rows, capacity=capacity)
+        raise ArgumentError(
+            "context",
+            f"small enough for its cache of {size} bytes to be allocated",
+            capacity,
+            "Load the model with a smaller context.",
+        ) from error
+
+
 def _shape(state: StateTensor, rows: int, capacity: int) -> tuple[int, ...]:
-    sizes = {"batch": rows, "capacity": capacity}
+    sizes = {"batch": rows, "capacity": state_capacity(state, capacity)}
     return tuple(sizes[size] if isinstance(size, str) else size for size in state.shape)

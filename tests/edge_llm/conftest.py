@@ -1,15 +1,31 @@
-"""Small tokenizers of every kind that checkpoints come with."""
+"""Small tokenizers of every kind that checkpoints come with, and manifests for other layouts."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
+from edge_llm.manifest import (
+    FORMAT,
+    ChatTemplates,
+    DecoderGraph,
+    Dims,
+    FileEntry,
+    Manifest,
+    Quantization,
+    Source,
+    StateTensor,
+    Tokens,
+)
+from edge_llm.runtime.session import create_session
 from edge_llm.text.tokenizer import Tokenizer
 
 WORDS = "the hello world user assistant system is it a of and then hell wor llo 12 in INST tool"
@@ -206,3 +222,68 @@ def tokenizer_source() -> Callable[[str], str]:
 def small_tokenizer() -> Callable[[str], Tokenizer]:
     """Gives the Tokenizer of a kind."""
     return _tokenizer
+
+
+def _manifest_for(graph: Path, layout: str, *, vocab: int, context: int) -> Manifest:
+    """A manifest for a graph whose state is named as transformers names it.
+
+    Beside the graph lies its tokenizer.
+    """
+    session = create_session(graph, threads=1, minimum="1.32")
+    config = graph.parent / "genai_config.json"
+    size = json.loads(config.read_text())["model"]["decoder"]["head_size"] if config.exists() else 0
+    state = tuple(
+        StateTensor(
+            input=one.name,
+            output=one.name.replace("past_key_values", "present"),
+            dtype={"tensor(float)": "float32", "tensor(float16)": "float16"}[one.type],
+            shape=("batch", one.shape[1], "capacity", size or one.shape[3]),
+            batch_axis=0,
+            sequence_axis=2,
+            shared=layout == "genai.v1",
+            kind="kv",
+        )
+        for one in session.get_inputs()
+        if one.name.startswith("past")
+    )
+    return Manifest(
+        format=FORMAT,
+        requires=(),
+        min_onnxruntime="1.32",
+        name=graph.parent.name,
+        source=Source(architecture="any", repo=None, revision=None, license=None),
+        dims=Dims(
+            layers=len(state) // 2,
+            hidden=1,
+            intermediate=1,
+            heads=1,
+            kv_heads=1,
+            head_dim=1,
+            vocab=vocab,
+            context=context,
+            parameters=1,
+        ),
+        decoder=DecoderGraph(graph=graph.name, layout=layout, state=state),
+        quantization=Quantization(method="none", bits=32, block=None, exceptions={}),
+        tokens=Tokens(bos=None, eos=(1,), pad=None, add_bos=False),
+        sampling={},
+        tokenizer="tokenizer.json",
+        chat=ChatTemplates(templates={}, special_tokens={}),
+        files={path.name: _entry(path) for path in sorted(graph.parent.iterdir())},
+        quality=(),
+        producer={},
+    )
+
+
+def _entry(path: Path) -> FileEntry:
+    content = path.read_bytes()
+    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+@pytest.fixture(scope="session")
+def manifest_for() -> Callable[..., Manifest]:
+    """Gives the manifest of a graph in another exporter's layout; its tokenizer lies beside it.
+
+    ``manifest_for(graph, layout, vocab=..., context=...)``
+    """
+    return _manifest_for

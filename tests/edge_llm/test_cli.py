@@ -37,12 +37,12 @@ Feed = Callable[[bytes], None]
 SLOWLY = """
 import sys, time
 from edge_llm.cli.main import main
-from edge_llm.runtime.decoder import Decoder
-step = Decoder.step
+from edge_llm.runtime.own_layout import OwnDecoder
+step = OwnDecoder.step
 def slow(self, *args, **options):
     time.sleep(0.05)
     return step(self, *args, **options)
-Decoder.step = slow
+OwnDecoder.step = slow
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from edge_llm import LLM
 from edge_llm.bundle import Bundle
 from edge_llm.runtime.decoder import Decoder
-from edge_llm.runtime.kv_cache import KVCache
+from edge_llm.runtime.layouts import open_decoder as open_graph
 from edge_llm.runtime.session import create_session
 from edge_llm_export import export_model
 
@@ -54,8 +54,7 @@ def open_decoder(folder: Path, *, context: int = 128) -> Decoder:
     session = create_session(
         bundle.file(manifest.decoder.graph), threads=1, minimum=manifest.min_onnxruntime
     )
-    cache = KVCache(manifest.decoder.state, rows=1, capacity=context)
-    return Decoder(session, manifest, cache)
+    return open_graph(session, manifest, capacity=context)
 
 
 def feed(decoder: Decoder, tokens: NDArray[np.int64], chunk: int) -> NDArray[np.float32]:

@@ -1,0 +1,43 @@
+"""onnxruntime-genai's own model builder, under the transformers that the tests compare with.
+
+The builder (0.18) was written for transformers 5: it imports two names that 4.57 lacks, of models
+that it is not asked for here, and wants ``rope_scaling`` to be a dictionary where 4.57 says None.
+Arguments are the builder's own.
+
+    python benchmarks/genai_builder.py -i CHECKPOINT -o FOLDER -p int4 -e cpu -c CACHE
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported
+
+import transformers
+
+NEWER = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+
+
+def main() -> None:
+    """Run the builder."""
+    for name in NEWER:
+        if not hasattr(transformers, name):
+            setattr(transformers, name, None)
+    read = transformers.AutoConfig.from_pretrained
+
+    def read_config(*args: Any, **options: Any) -> Any:
+        config = read(*args, **options)
+        if getattr(config, "rope_scaling", 0) is None:
+            config.rope_scaling = {"rope_type": "default"}
+        return config
+
+    transformers.AutoConfig.from_pretrained = read_config
+    sys.argv[0] = "builder"
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The decoder's state for graphs that give it anew, one token longer, at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.errors import UnsupportedFormatError
+from edge_llm.manifest import StateTensor
+from edge_llm.runtime.kv_cache import allocate
+
+__all__ = ["GrowingCache"]
+
+
+class GrowingCache:
+    """Two buffers per state tensor: a step reads one side and writes the other.
+
+    Such a graph wants tensors that are exactly as long as the sequence, so a side is the front of
+    flat memory, seen in the shape of its length. Other than in place, a shorter sequence therefore
+    lies otherwise in memory: rolling back copies what stays to the other side.
+
+    Args:
+        state: The decoder's state, as the manifest lists it.
+        capacity: Most tokens of the sequence.
+
+    Attributes:
+        capacity: Most tokens of the sequence.
+        lengths: int32 [1], tokens that the sequence has.
+        side: Which buffers hold it, 0 or 1.
+
+    Raises:
+        UnsupportedFormatError: A tensor is shared by input and output, or does not grow.
+        ArgumentError: There is no memory for this capacity.
+    """
+
+    def __init__(self, state: Sequence[StateTensor], *, capacity: int) -> None:
+        for one in state:
+            if one.shared or one.kind != "kv":
+                raise UnsupportedFormatError(
+                    f"The state {one.input!r} is of kind {one.kind!r}, shared {one.shared}; this "
+                    "layout's grows a row a token and is not shared.",
+                    "Export the bundle again.",
+                )
+        self.capacity = capacity
+        self.lengths = np.zeros(1, np.int32)
+        self.side = 0
+        self._axes = [(one.shape, one.sequence_axis) for one in state]
+        flat = {one.input: (math.prod(_sizes(one.shape, capacity)),) for one in state}
+        self._sides = [
+            list(allocate(flat, state, rows=1, capacity=capacity).values()) for _ in range(2)
+        ]
+
+    def views(self, side: int, length: int) -> list[NDArray[np.generic]]:
+        """Each tensor's memory on a side, in the shape of a sequence of ``length`` tokens."""
+        views = []
+        for flat, (shape, _) in zip(self._sides[side], self._axes, strict=True):
+            sizes = _sizes(shape, length)
+            views.append(flat[: math.prod(sizes)].reshape(sizes))
+        return views
+
+    def advance(self, row: int, count: int) -> None:
+        """A step has written the sequence and ``count`` more tokens to the other side."""
+        self.lengths[row] += count
+        self.side = 1 - self.side
+
+    def abandon(self, row: int, count: int) -> None:
+        """A step was ended in the middle; the side that it read is whole."""
+
+    def truncate(self, row: int, length: int) -> int:
+        """Forget what the sequence holds from ``length`` on; gives ``length``."""
+        held = int(self.lengths[row])
+        assert 0 <= length <= held
+        if 0 < length < held:
+            sources, targets = self.views(self.side, held), self.views(1 - self.side, length)
+            for source, target, (_, axis) in zip(sources, targets, self._axes, strict=True):
+                target[...] = source[(slice(None),) * axis + (slice(length),)]
+            self.side = 1 - self.side
+        self.lengths[row] = length
+        return length
+
+
+def _sizes(shape: Sequence[int | str], length: int) -> tuple[int, ...]:
+    sizes = {"batch": 1, "capacity": length}
+    return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
