@@ -12,7 +12,13 @@ from typing import Any
 from edge_llm.errors import CheckpointError, IntegrityError
 from edge_llm.foreign.external_data import check_external_data
 from edge_llm.foreign.onnx_file import OnnxModel, read_onnx
-from edge_llm.foreign.state import STANDARD_NAMES, CacheSizes, read_decoder, read_vocab
+from edge_llm.foreign.state import (
+    STANDARD_NAMES,
+    CacheSizes,
+    read_context,
+    read_decoder,
+    read_vocab,
+)
 from edge_llm.foreign.weights import count_parameters, read_quantization
 from edge_llm.huggingface.model_card import read_license
 from edge_llm.huggingface.tokenizer import TokenizerFiles, read_tokenizer
@@ -156,7 +162,7 @@ def _dims(found: Found, decoder: DecoderGraph, model: OnnxModel, vocab: int) -> 
         kv_heads=first[1],
         head_dim=first[3],
         vocab=vocab,
-        context=context,
+        context=read_context(model, context),
         parameters=count_parameters(model),
     )
 

@@ -95,7 +95,18 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation; ``integers`` are its attributes that are single integers."""
+    """One operation.
+
+    Attributes:
+        domain: Of the operator; empty for ONNX's own.
+        operator: Its name.
+        name: The node's.
+        inputs: Names of tensors; empty where one is left out.
+        outputs: Names of tensors.
+        integers: Attributes that are single integers.
+        constants: Attributes that are single tensors, such as a Constant's value.
+        branches: Outputs of its inner graphs, by attribute, such as those of an If.
+    """
 
     domain: str
     operator: str
@@ -103,6 +114,8 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     integers: Mapping[str, int]
+    constants: Mapping[str, Tensor]
+    branches: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +177,7 @@ class _Parser:
         if graph is None:
             raise self._reader.error("it has no graph")
         for function in model.messages(25):
-            self._attributes(function, 11)
+            self._read_attributes(function, 11)
             self._read_nodes(function, 7)
         stored = {tensor.name for tensor in self._graph(graph)}
         inputs = tuple(map(_value, graph.messages(11)))
@@ -188,7 +201,7 @@ class _Parser:
 
     def _read_nodes(self, message: Message, number: int) -> None:
         for node in message.messages(number):
-            integers = self._attributes(node, 5)
+            integers, constants, branches = self._read_attributes(node, 5)
             self._nodes.append(
                 Node(
                     domain=node.text(7),
@@ -197,23 +210,33 @@ class _Parser:
                     inputs=tuple(node.texts(1)),
                     outputs=tuple(node.texts(2)),
                     integers=integers,
+                    constants=constants,
+                    branches=branches,
                 )
             )
 
-    def _attributes(self, message: Message, number: int) -> dict[str, int]:
-        """Collect what lies in attributes; gives those that are single integers."""
-        integers = {}
+    def _read_attributes(
+        self, message: Message, number: int
+    ) -> tuple[dict[str, int], dict[str, Tensor], dict[str, tuple[str, ...]]]:
+        """Collect what lies in attributes; gives what a node has of them, see :class:`Node`."""
+        integers: dict[str, int] = {}
+        constants: dict[str, Tensor] = {}
+        branches: dict[str, tuple[str, ...]] = {}
         for attribute in message.messages(number):
             if 22 in attribute or 23 in attribute:
                 raise self._reader.error("it has sparse tensors, which are not supported")
-            for tensor in (5, 10):
-                self._tensors += map(_tensor, attribute.messages(tensor))
+            name = attribute.text(1)
+            for tensor in map(_tensor, attribute.messages(5, most=1)):
+                constants[name] = tensor
+                self._tensors.append(tensor)
+            self._tensors += map(_tensor, attribute.messages(10))
             for graph in (6, 11):
                 for inner in attribute.messages(graph):
                     self._graph(inner)
+                    branches[name] = tuple(one.text(1) for one in inner.messages(12))
             if 3 in attribute:
-                integers[attribute.text(1)] = attribute.integer(3)
-        return integers
+                integers[name] = attribute.integer(3)
+        return integers, constants, branches
 
 
 def _value(message: Message) -> Value:

@@ -10,7 +10,7 @@ from edge_llm.errors import IntegrityError, UnsupportedFormatError
 from edge_llm.foreign.onnx_file import Node, OnnxModel, Value
 from edge_llm.manifest import STATE_DTYPES, DecoderGraph, StateTensor
 
-__all__ = ["STANDARD_NAMES", "CacheSizes", "read_decoder", "read_vocab"]
+__all__ = ["STANDARD_NAMES", "CacheSizes", "read_context", "read_decoder", "read_vocab"]
 
 STANDARD_NAMES = {
     "past_key_values.%d.key": "present.%d.key",
@@ -62,13 +62,19 @@ def read_decoder(
     _check_inputs(graph, inputs, pairs)
     readers = _readers(model, set(pairs))
     shared = all(_shares(readers[past], past, present) for past, present in pairs.items())
+    windowed = [name for name in pairs if any(map(_window, readers[name]))]
+    if windowed and not shared:
+        raise UnsupportedFormatError(
+            f"{graph} keeps a window in {windowed[0]!r}, but its cache cannot be updated in place.",
+            _ELSEWHERE,
+        )
     state = []
     for past, present in pairs.items():
         if present not in outputs:
             raise UnsupportedFormatError(
                 f"{graph} has the input {past!r} but no output {present!r}.", _ELSEWHERE
             )
-        window = _window(readers[past]) if shared else None
+        window = _window(readers[past][0]) if shared else None
         shape = _shape(graph, inputs[past], sizes)
         state.append(
             StateTensor(
@@ -109,6 +115,29 @@ def read_vocab(model: OnnxModel, graph: str, stated: int | None) -> int:
             "Take the configuration that belongs to the graph.",
         )
     return rows
+
+
+def read_context(model: OnnxModel, stated: int) -> int:
+    """Most tokens of a sequence: those stated, as far as the rotary tables reach.
+
+    A graph of longrope takes another table where a text is longer than the trained context. The
+    keys in the cache were turned by the first one, so the end of that is where a text must end.
+    """
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    tables = {
+        node.inputs[7]
+        for node in model.nodes
+        if node.operator == "GroupQueryAttention" and len(node.inputs) > 7
+    }
+    for node in model.nodes:
+        for place, output in enumerate(node.outputs):
+            if output in tables:
+                tables.update(names[place] for names in node.branches.values() if names[place:])
+    for node in model.nodes:
+        if "value" in node.constants:
+            tensors |= dict.fromkeys(node.outputs, node.constants["value"])
+    rows = [tensors[name].shape[0] for name in tables if name in tensors and tensors[name].shape]
+    return min([stated, *filter(None, rows)])
 
 
 def _pairs(inputs: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, str]:
@@ -169,7 +198,7 @@ def _shares(readers: list[Node], past: str, present: str) -> bool:
     return places in ([3], [4]) and node.outputs[places[0] - 2 :][:1] == (present,)
 
 
-def _window(readers: list[Node]) -> int | None:
+def _window(reader: Node) -> int | None:
     """The window of a cache that holds no more than that."""
-    settings = readers[0].integers
+    settings = reader.integers
     return settings["local_window_size"] if settings.get("sliding_window_cache") else None

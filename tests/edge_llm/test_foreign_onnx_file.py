@@ -117,6 +117,11 @@ def test_everything_is_read(write: Write) -> None:
     last = model.nodes[-1]
     assert (last.domain, last.inputs, last.outputs) == ("com.microsoft", ("y", "w", "s"), ("z",))
     assert last.integers == {"K": 64, "N": -3, "bits": 4}
+    switch = next(node for node in model.nodes if node.operator == "If")
+    assert switch.branches == {"then_branch": ("a_y",), "else_branch": ("b_y",)}
+    assert [one.constants["value"].shape for one in model.nodes if one.operator == "Constant"] == [
+        *((1,), (2,), (2,))
+    ]
     named = {tensor.name: tensor for tensor in model.tensors}
     assert {"a_w", "b_w", "", "given"} <= named.keys()
     assert sum(tensor.name == "" for tensor in model.tensors) == 3
