@@ -47,6 +47,11 @@ __all__ = ["Progress", "export_model"]
 
 MIN_ONNXRUNTIME = "1.32"
 
+# Tensors that are no weights: transformers computes them from config.json.
+_BUFFERS = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(bias|masked_bias)$"
+)
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -172,12 +177,10 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
                 f"{list(shape)}.",
                 "config.json is of another model.",
             )
-    # A tied head may be stored all the same, and old files carry the rotary frequencies.
+    # A tied head may be stored all the same, and old files carry rotary frequencies and masks.
     tied_head = {f"{spec.names.head}.weight"} if spec.tied else set()
     unknown = [
-        name
-        for name in sorted(names - expected.keys() - tied_head)
-        if not re.search(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", name)
+        name for name in sorted(names - expected.keys() - tied_head) if not _BUFFERS.search(name)
     ]
     if unknown:
         raise CheckpointError(
@@ -189,8 +192,9 @@ def _check_tensors(weights: Weights, spec: DecoderSpec) -> None:
 
 def _write(plan: _Plan, weights: Weights, stage: Path, report: Progress) -> Manifest:
     """Write the whole bundle into the stage."""
-    _check_tensors(weights, plan.spec)
-    graph, decoder = build_decoder(plan.spec, weights, storage=plan.storage, context=plan.context)
+    spec = plan.spec.as_stored(weights.names)
+    _check_tensors(weights, spec)
+    graph, decoder = build_decoder(spec, weights, storage=plan.storage, context=plan.context)
     total = sum(info.size for group in graph.deferred for info in group.tensors)
     written = 0
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
     from edge_llm import LLM
 
@@ -42,45 +44,67 @@ def shared() -> Path:
     return SHARED
 
 
-MakeLlama = Callable[..., "LlamaForCausalLM"]
+MakeCheckpoint = Callable[..., "PreTrainedModel"]
+
+# Sizes of tiny checkpoints, where a family has the key.
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 400,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 
 
 @pytest.fixture(scope="session")
-def make_llama() -> MakeLlama:
-    """A function that writes a tiny seeded Llama checkpoint, tokenizer and chat template included.
+def make_checkpoint() -> MakeCheckpoint:
+    """A function that writes a tiny seeded checkpoint, tokenizer and chat template included.
 
-    ``make_llama(folder, **config)`` gives the transformers model, float32 and in evaluation mode.
+    ``make_checkpoint(folder, model_type, **config)`` gives the transformers model, float32, with
+    its plainest attention and in evaluation mode.
     """
+    return write_checkpoint
 
-    def make(folder: Path, *, seed: int = 0, **config: Any) -> LlamaForCausalLM:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes: dict[str, Any] = {
-            "hidden_size": 64,
-            "intermediate_size": 172,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "vocab_size": 400,
-            "max_position_embeddings": 256,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-            "pad_token_id": None,
-        }
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(sizes | config))).float().eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias") or "norm" in name:
-                    parameter += torch.randn_like(parameter) * 0.3
-                else:
-                    parameter *= 4  # logits far enough apart for greedy decoding to be stable
-        model.save_pretrained(folder)
-        write_tokenizer(folder)
-        return model
+def write_checkpoint(
+    folder: Path, model_type: str, *, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """See ``make_checkpoint``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers.models.stablelm.modeling_stablelm import StableLmPreTrainedModel
 
-    return make
+    torch.manual_seed(seed)
+    default = AutoConfig.for_model(model_type)
+    sizes = {name: size for name, size in TINY.items() if hasattr(default, name)}
+    settings = AutoConfig.for_model(model_type, **(sizes | config))
+    # StableLM's own (transformers 4.57) fails at norms without a bias.
+    initialize = patch.object(
+        StableLmPreTrainedModel, "_init_weights", PreTrainedModel._init_weights
+    )
+    with initialize:
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    model = model.float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases
+                parameter += torch.randn_like(parameter) * 0.3
+            else:
+                parameter *= 4  # logits far enough apart for greedy decoding to be stable
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_llama(make_checkpoint: MakeCheckpoint) -> MakeCheckpoint:
+    """``make_checkpoint`` of a Llama."""
+    return partial(make_checkpoint, model_type="llama")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -106,7 +130,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(make_llama: MakeLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(make_llama: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint with random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
     make_llama(folder, tie_word_embeddings=True)

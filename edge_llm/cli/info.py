@@ -100,11 +100,15 @@ def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:
     from edge_llm.runtime.kv_cache import state_bytes
 
     decoder = bundle.manifest.decoder
+    growing = [one for one in decoder.state if one.kind == "kv"]
+    windows = [one for one in decoder.state if one.kind == "window"]
     texts = {bundle.manifest.tokenizer, *bundle.manifest.chat.templates.values()}
     weights = sum(entry.size for name, entry in bundle.manifest.files.items() if name not in texts)
     return {
         "weights_file": weights,
         "weights_prepared_estimate": weights,
+        "cache_per_token": state_bytes(growing, rows=1, capacity=1),
+        "cache_windows": state_bytes(windows, rows=1, capacity=bundle.manifest.dims.context),
         "cache": {
             str(context): state_bytes(decoder.state, rows=1, capacity=context)
             for context in contexts
@@ -180,6 +184,8 @@ def _describe_memory(memory: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [("  context", "cache", "cache + prepared weights")]
     for context, cache in memory["cache"].items():
         rows.append((f"  {context} tokens", megabytes(cache), megabytes(cache + prepared)))
+    windows = memory["cache_windows"]
+    fixed = f", and up to {megabytes(windows)} for windows, however long it is" if windows else ""
     return "\n".join(
         [
             "\nMemory",
@@ -187,6 +193,8 @@ def _describe_memory(memory: dict[str, Any]) -> str:
             "may drop these pages and read them again",
             f"  weights, prepared        about {megabytes(prepared)}: an estimate; ONNX Runtime "
             "packs a copy for this processor",
+            f"  cache                    {memory['cache_per_token']:,} bytes a token of the context"
+            f"{fixed}",
             table(rows),
             "  Python and its libraries take some 100 MB on top. A cache takes memory as it fills.",
         ]

@@ -113,9 +113,9 @@ class BoundGraph:
                 _CHECK,
             )
 
-    def declared_size(self, name: str, axis: int) -> int | str | None:
-        """A size that the graph declares for an input or output; a symbolic one is no integer."""
-        return self._declared[name][1][axis]
+    def shape(self, name: str) -> Sequence[int | str | None]:
+        """Sizes that the graph declares for an input or output; a symbolic one is no integer."""
+        return self._declared[name][1]
 
     def value(self, array: NDArray[Any]) -> Any:
         """An OrtValue that points at a contiguous array's memory."""

@@ -42,13 +42,7 @@ class StateCache(Protocol):
 
 
 class Decoder(Protocol):
-    """Feeds tokens to a graph and gives logits, in buffers that are allocated once.
-
-    Attributes:
-        cache: What the graph has seen of each row.
-        widest: Tokens that a step should have at most, so that its buffers stay small. Wider ones
-            are served too.
-    """
+    """Feeds tokens to a graph and gives logits, in buffers that are allocated once."""
 
     @property
     def cache(self) -> StateCache:
@@ -56,7 +50,7 @@ class Decoder(Protocol):
 
     @property
     def widest(self) -> int:
-        """Most tokens of a step for which its buffers stay small; wider ones are served too."""
+        """Most tokens of a step whose buffers stay small; wider ones are served all the same."""
 
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int

@@ -59,7 +59,6 @@ class MaskedDecoder:
         self.graph = graph = BoundGraph(session)
         graph.check_state(state)
         self.cache = cache
-        self.widest = max(1, min(cache.capacity, WIDEST_STEP, LOGITS_BYTES // (4 * vocab)))
         self._token_type = graph.check("input_ids", dtypes=INTEGERS, shape=(None, None))
         mask_type = graph.check("attention_mask", dtypes=INTEGERS, shape=(None, None))
         self._mask = np.ones((1, cache.capacity), mask_type)
@@ -69,8 +68,9 @@ class MaskedDecoder:
         # How many of the last tokens to score, where the graph can be told.
         self._wanted: NDArray[np.int64] | None = None
         for name in {"num_logits_to_keep", "logits_to_keep"} & graph.inputs:
-            graph.check(name, dtypes=("int64",), shape=())
-            self._wanted = np.ones((), np.int64)
+            shape = (1,) * len(graph.shape(name))  # a scalar, or a list of one
+            graph.check(name, dtypes=("int64",), shape=shape)
+            self._wanted = np.ones(shape, np.int64)
             graph.bind(name, self._wanted)
         graph.check_inputs(
             {
@@ -80,7 +80,10 @@ class MaskedDecoder:
             }
         )
         dtype = graph.check("logits", dtypes=("float32", "float16"), shape=(None, None, vocab))
-        self._last_only = graph.declared_size("logits", 1) == 1
+        self._last_only = graph.shape("logits")[1] == 1
+        self.widest = min(cache.capacity, WIDEST_STEP)
+        if self._wanted is None and not self._last_only:
+            self.widest = max(1, min(self.widest, LOGITS_BYTES // (4 * vocab)))
         self._logits = np.zeros((1, vocab), dtype)
         self._converted = np.zeros((0, vocab), np.float32)
         self._bound = (0, 0)

@@ -1,14 +1,15 @@
-"""The parts of a decoder: norms, attention and the gated MLP."""
+"""The parts of a decoder: norms, attention and the MLP."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..architectures.spec import DecoderSpec
+from ..architectures.rope import RopeConfig
+from ..architectures.spec import DecoderSpec, NormSpec, QKNormSpec
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
 from .linear import project
@@ -18,6 +19,7 @@ from .matrices import (
     MappedRows,
     Matrix,
     Stacked,
+    Transposed,
     head_map,
     read_finite,
 )
@@ -30,47 +32,69 @@ __all__ = ["LayerBuilder"]
 class LayerBuilder:
     """Records one block of the decoder after the other.
 
-    The residual stream is never added by a node of its own: SkipSimplifiedLayerNormalization adds
-    a branch's result to it and normalizes the sum.
+    Where a norm follows, the residual stream is not added by a node of its own: a Skip norm adds a
+    branch's result to it and normalizes the sum.
+
+    Attributes:
+        graph: Where to record.
+        weights: The checkpoint.
+        spec: The architecture.
+        storage: How matrices are stored.
+        tables: Names of the cosines and sines of each rotary embedding.
     """
 
     graph: GraphRecorder
     weights: Weights
     spec: DecoderSpec
     storage: Storage
+    tables: Mapping[RopeConfig, tuple[str, str]]
 
-    def norm(self, name: str, path: str, source: str) -> str:
-        """Root-mean-square norm (arXiv 1910.07467) of ``source``."""
-        return self.graph.op(
-            "SimplifiedLayerNormalization",
-            f"{path}/SimplifiedLayerNorm",
-            [source, self._gain(name)],
-            axis=-1,
-            epsilon=self.spec.norm_eps,
-            stash_type=1,
-        )
+    def norm(self, name: str, path: str, source: str, *, scale: float = 1.0) -> str:
+        """The norm of ``source``, times ``scale``."""
+        constants = self._gain_and_bias(name, self.spec.norm, scale)
+        return self._normalize(path, self.spec.norm, self.spec.norm.eps, [source, *constants])
 
-    def add_norm(self, name: str, path: str, branch: str, residual: str) -> tuple[str, str]:
-        """The norm of ``branch + residual``, and that sum."""
-        node = f"{path}/SkipSimplifiedLayerNorm"
+    def enter(
+        self, name: str | None, path: str, branch: str, residual: str, *, scale: float = 1.0
+    ) -> tuple[str, str]:
+        """Add a branch's result to the stream, and normalize the sum.
+
+        Args:
+            name: The norm; None: there is none.
+            path: Its place in the model.
+            branch: The result to be added; empty: nothing is.
+            residual: The stream.
+            scale: What the normalized sum is multiplied by.
+
+        Returns:
+            What the next part reads, and the stream.
+        """
+        if name is None or not branch:
+            total = self.add(f"{path}/Add", branch, residual) if branch else residual
+            return (self.norm(name, path, total, scale=scale) if name else total), total
+        norm = self.spec.norm
+        operator = f"Skip{_OPERATORS[norm.kind]}"
+        node = f"{path}/{operator}"
         total = f"{node}/output_3"
         normed = self.graph.microsoft(
-            "SkipSimplifiedLayerNormalization",
+            operator,
             node,
-            [branch, residual, self._gain(name)],
+            [branch, residual, *self._gain_and_bias(name, norm, scale)],
             outputs=[f"{node}/output_0", "", "", total],
-            epsilon=self.spec.norm_eps,
+            epsilon=norm.eps,
         )
         return normed, total
 
+    def add(self, name: str, one: str, other: str) -> str:
+        """The sum of two results of one shape."""
+        return self.graph.op("Add", name, [one, other])
+
     def attention(self, layer: int, source: str) -> str:
-        """Grouped-query attention with rotary embedding, on the cache; without the residual."""
+        """Grouped-query attention on the cache; without the residual."""
         spec, names = self.spec, self.spec.names
         path = f"/model/layers.{layer}/attn"
-        size, padded = spec.head_dim, spec.padded_head_dim
-        queries = head_map(spec.heads, size, padded)
-        keys = head_map(spec.kv_heads, size, padded)
-        parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
+        maps = self._head_maps(layer)
+        parts = list(zip(names.qkv, maps, strict=True))
         packed = project(
             self.graph,
             f"{path}/qkv_proj",
@@ -81,51 +105,144 @@ class LayerBuilder:
             if spec.qkv_bias
             else None,
         )
-        attended = self._group_query_attention(layer, path, packed)
+        inputs = (packed, "", "")
+        if spec.qk_norm:
+            inputs = self._normed_heads(layer, path, packed, spec.qk_norm)
+        attended = self._group_query_attention(layer, path, inputs)
         output = self._matrix(names.attention_output, layer)
+        if spec.head_dim != spec.padded_head_dim:
+            columns = head_map(spec.heads, spec.head_dim, spec.padded_head_dim)
+            output = MappedColumns(output, columns)
         return project(
             self.graph,
             f"{path}/o_proj",
             attended,
-            output if size == padded else MappedColumns(output, queries),
+            output,
             self.storage,
             self._bias(names.attention_output, layer) if spec.output_bias else None,
         )
 
     def mlp(self, layer: int, source: str) -> str:
-        """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv 2002.05202); without the residual."""
-        graph, spec, names = self.graph, self.spec, self.spec.names
+        """``down(act(gate(x)) * up(x))`` (arXiv 2002.05202), or ``down(act(up(x)))``.
+
+        Without the residual.
+        """
+        spec, names = self.spec, self.spec.names
         path = f"/model/layers.{layer}/mlp"
         # One product and a Split take 2 to 5 % less of a decode step than two products.
-        both = [names.gate, names.up]
-        stacked = project(
-            graph,
-            f"{path}/gate_up_proj",
+        wide = project(
+            self.graph,
+            f"{path}/{'gate_up_proj' if spec.gated else 'up_proj'}",
             source,
-            Stacked([self._matrix(name, layer) for name in both]),
+            Stacked([self._matrix(name, layer) for name in names.gate_up]),
             self.storage,
-            np.concatenate([self._bias(name, layer) for name in both]) if spec.mlp_bias else None,
+            np.concatenate([self._bias(name, layer) for name in names.gate_up])
+            if spec.mlp_bias
+            else None,
         )
-        sizes = graph.constant("gate_up_sizes", np.array([spec.intermediate] * 2, np.int64))
-        gate, up = (f"{path}/Split/output_{i}" for i in range(2))
-        graph.op("Split", f"{path}/Split", [stacked, sizes], outputs=[gate, up], axis=-1)
-        # QuickGelu with alpha 1 is SiLU.
-        active = graph.microsoft("QuickGelu", f"{path}/act_fn/QuickGelu", [gate], alpha=1.0)
+        if spec.gated:
+            gate, up = self._split(f"{path}/Split", wide, "gate_up", [spec.intermediate] * 2)
+            active = self.graph.op("Mul", f"{path}/Mul", [self._activation(path, gate), up])
+        else:
+            active = self._activation(path, wide)
         return project(
-            graph,
+            self.graph,
             f"{path}/down_proj",
-            graph.op("Mul", f"{path}/Mul", [active, up]),
+            active,
             self._matrix(names.down, layer),
             self.storage,
             self._bias(names.down, layer) if spec.mlp_bias else None,
         )
 
-    def _group_query_attention(self, layer: int, path: str, packed: str) -> str:
+    def _activation(self, path: str, source: str) -> str:
+        operator = {"silu": "QuickGelu", "gelu": "Gelu", "gelu_tanh": "FastGelu"}[
+            self.spec.activation
+        ]
+        # QuickGelu with alpha 1 is SiLU.
+        options = {"alpha": 1.0} if operator == "QuickGelu" else {}
+        return self.graph.microsoft(operator, f"{path}/act_fn/{operator}", [source], **options)
+
+    def _head_maps(self, layer: int) -> list[NDArray[np.int64]]:
+        """Where the graph's rows of queries, keys and values are in each of ``names.qkv``."""
+        spec, size = self.spec, self.spec.head_dim
+        widths = [self._turning(layer)] * 2 + [size]
+        heads = [spec.heads, spec.kv_heads, spec.kv_heads]
+        fused = len(spec.names.qkv) == 1
+        if spec.qkv_by_head:
+            starts, stride = [0, size, 2 * size], 3 * size
+        else:
+            starts = [0, spec.heads * size, (spec.heads + spec.kv_heads) * size]
+            starts, stride = starts if fused else [0, 0, 0], size
+        maps = [
+            head_map(count, size, spec.padded_head_dim, width=width, start=start, stride=stride)
+            for count, width, start in zip(heads, widths, starts, strict=True)
+        ]
+        return [np.concatenate(maps)] if fused else maps
+
+    def _normed_heads(
+        self, layer: int, path: str, packed: str, qk_norm: QKNormSpec
+    ) -> tuple[str, str, str]:
+        """Queries, keys and values apart, the first two normalized."""
+        spec, norm, padded = self.spec, qk_norm.norm, self.spec.padded_head_dim
+        queries, keys = spec.heads * padded, spec.kv_heads * padded
+        # Entries that only pad a head count in its mean; gain and epsilon make up for it.
+        share = spec.head_dim / padded
+        gains = [gain * np.float32(share**0.5) for gain in self._head_gains(layer, qk_norm)]
+        eps = norm.eps * share
+        if qk_norm.over == "projection":
+            query, key, value = self._split(f"{path}/Split", packed, "qkv", [queries, keys, keys])
+            query, key = (
+                self._normalize(
+                    f"{path}/{part}",
+                    norm,
+                    eps,
+                    [source, self.graph.constant(f"layers.{layer}.{part}", gain.reshape(-1))],
+                )
+                for part, source, gain in zip(
+                    ("q_norm", "k_norm"), (query, key), gains, strict=True
+                )
+            )
+            return query, key, value
+        # Queries and keys are heads of one size: one node normalizes them all.
+        both, value = self._split(f"{path}/Split", packed, "qk_v", [queries + keys, keys])
+        gain = self.graph.constant(f"layers.{layer}.qk_norm", np.concatenate(gains))
+        heads = self._reshape(f"{path}/qk_norm/Heads", both, [0, 0, -1, padded])
+        normed = self._normalize(f"{path}/qk_norm", norm, eps, [heads, gain])
+        flat = self._reshape(f"{path}/qk_norm/Flat", normed, [0, 0, -1])
+        query, key = self._split(f"{path}/qk_norm/Split", flat, "qk", [queries, keys])
+        return query, key, value
+
+    def _head_gains(self, layer: int, qk_norm: QKNormSpec) -> list[NDArray[np.float32]]:
+        """Gains of queries and of keys, in the graph's order, each [heads, padded head_dim]."""
+        spec, names, size = self.spec, self.spec.names, self.spec.head_dim
+        index = head_map(1, size, spec.padded_head_dim, width=self._turning(layer))
+        gains = []
+        for name, heads in ((names.query_norm, spec.heads), (names.key_norm, spec.kv_heads)):
+            stored = [
+                self._vector(f"{name.format(i=layer, h=h)}.weight")
+                for h in range(heads if qk_norm.over == "each_head" else 1)
+            ]
+            gain = np.concatenate(stored).reshape(-1, size) + np.float32(qk_norm.norm.gain_offset)
+            wide = np.where(index >= 0, gain[:, index], np.float32(0))
+            gains.append(np.broadcast_to(wide, (heads, spec.padded_head_dim)))
+        return gains
+
+    def _turning(self, layer: int) -> int:
+        """Entries of a head that turn in this layer; of no use where none do."""
+        rope = self.spec.attention[layer].rope
+        return rope.width(self.spec.head_dim) if rope else self.spec.head_dim
+
+    def _group_query_attention(self, layer: int, path: str, heads: tuple[str, str, str]) -> str:
+        spec = self.spec.attention[layer]
         node = f"{path}/GroupQueryAttention"
         past = [f"past.{layer}.key", f"past.{layer}.value"]
-        tables = ["rotary_cos", "rotary_sin"]
-        # Nine optional inputs (position_ids to k_norm_weight) stay out; query_lens is the 17th.
-        inputs = [packed, "", "", *past, "seqlens_k", "total_sequence_length", *tables]
+        tables = self.tables[spec.rope] if spec.rope else ("", "")
+        # Optional inputs (position_ids to k_norm_weight) stay out; query_lens is the 17th.
+        inputs = [*heads, *past, "seqlens_k", "total_sequence_length", *tables]
+        # The buffer of a window holds little more than the window: the operator drops the rest.
+        options = (
+            {"local_window_size": spec.window, "sliding_window_cache": 1} if spec.window else {}
+        )
         return self.graph.microsoft(
             "GroupQueryAttention",
             node,
@@ -133,20 +250,55 @@ class LayerBuilder:
             outputs=[f"{node}/output_0", f"present.{layer}.key", f"present.{layer}.value"],
             num_heads=self.spec.heads,
             kv_num_heads=self.spec.kv_heads,
-            scale=1.0 / math.sqrt(self.spec.head_dim),
-            do_rotary=1,
+            scale=self.spec.head_dim**-0.5 if spec.scale is None else spec.scale,
+            softcap=spec.softcap,
+            do_rotary=int(spec.rope is not None),
             rotary_interleaved=0,
+            **options,
         )
 
+    def _normalize(self, path: str, norm: NormSpec, eps: float, inputs: list[str]) -> str:
+        operator = _OPERATORS[norm.kind]
+        node = f"{path}/{operator}"
+        return self.graph.op(operator, node, inputs, axis=-1, epsilon=eps, stash_type=1)
+
+    def _reshape(self, node: str, source: str, shape: list[int]) -> str:
+        name = f"shape_{'_'.join(map(str, shape))}"
+        return self.graph.op(
+            "Reshape", node, [source, self.graph.constant(name, np.array(shape, np.int64))]
+        )
+
+    def _split(self, node: str, source: str, name: str, sizes: list[int]) -> list[str]:
+        constant = self.graph.constant(f"{name}_sizes", np.array(sizes, np.int64))
+        outputs = [f"{node}/output_{i}" for i in range(len(sizes))]
+        self.graph.op("Split", node, [source, constant], outputs=outputs, axis=-1)
+        return outputs
+
     def _matrix(self, name: str, layer: int) -> Matrix:
-        return CheckpointMatrix(self.weights, f"{name.format(i=layer)}.weight")
+        """A projection's weight; every read of one goes through here."""
+        matrix = CheckpointMatrix(self.weights, f"{name.format(i=layer)}.weight")
+        return Transposed(matrix) if self.spec.transposed else matrix
 
     def _rows(self, name: str, layer: int, index: NDArray[np.int64]) -> Matrix:
         matrix = self._matrix(name, layer)
-        return matrix if len(index) == matrix.shape[0] else MappedRows(matrix, index)
+        if np.array_equal(index, np.arange(matrix.shape[0])):
+            return matrix
+        return MappedRows(matrix, index)
 
     def _bias(self, name: str, layer: int) -> NDArray[np.float32]:
-        return read_finite(self.weights, f"{name.format(i=layer)}.bias")
+        return self._vector(f"{name.format(i=layer)}.bias")
 
-    def _gain(self, name: str) -> str:
-        return self.graph.constant(f"{name}.weight", read_finite(self.weights, f"{name}.weight"))
+    def _gain_and_bias(self, name: str, norm: NormSpec, scale: float) -> list[str]:
+        """Constants of a norm, its gain and the bias that it may have, times ``scale``."""
+        gain = (self._vector(f"{name}.weight") + np.float32(norm.gain_offset)) * np.float32(scale)
+        constants = [self.graph.constant(f"{name}.weight", gain)]
+        if norm.bias:
+            bias = self._vector(f"{name}.bias") * np.float32(scale)
+            constants.append(self.graph.constant(f"{name}.bias", bias))
+        return constants
+
+    def _vector(self, name: str) -> NDArray[np.float32]:
+        return read_finite(self.weights, name)
+
+
+_OPERATORS = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}

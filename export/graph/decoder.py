@@ -6,12 +6,14 @@ import numpy as np
 
 from edge_llm.manifest import DecoderGraph, StateTensor
 
+from ..architectures.rope import RopeConfig
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
 from .blocks import LayerBuilder
 from .linear import Vocabulary
-from .matrices import CheckpointMatrix
+from .matrices import CheckpointMatrix, Matrix, Scaled
+from .positions import embed_positions
 from .recorder import GraphRecorder
 from .rotary import rotary_tables
 
@@ -35,49 +37,86 @@ def build_decoder(
     Returns:
         The graph, and what the manifest says of it.
     """
+    spec = spec.within(context)
     graph = GraphRecorder(spec.architecture)
     _declare_inputs(graph)
     state = _declare_state(graph, spec)
-    tables = rotary_tables(
-        spec.rope, head_dim=spec.head_dim, padded=spec.padded_head_dim, context=context
-    )
-    for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
-        graph.keep(name, table)
-
-    layers = LayerBuilder(graph, weights, spec, storage)
+    layers = LayerBuilder(graph, weights, spec, storage, _keep_rotary_tables(graph, spec, context))
     names = spec.names
-    embedding = Vocabulary(
-        graph, "embed_tokens", CheckpointMatrix(weights, f"{names.embedding}.weight"), storage
-    )
+    matrix: Matrix = CheckpointMatrix(weights, f"{names.embedding}.weight")
+    if spec.embedding_scale != 1:
+        matrix = Scaled(matrix, spec.embedding_scale)
+    embedding = Vocabulary(graph, "embed_tokens", matrix, storage)
     residual = embedding.embed("input_ids")
     branch = ""
+    if names.positions:
+        branch = embed_positions(graph, weights, f"{names.positions}.weight", context)
     for i in range(spec.layers):
-        path = f"/model/layers.{i}"
-        norm = names.input_norm.format(i=i)
-        if i == 0:
-            normed = layers.norm(norm, f"{path}/input_layernorm", residual)
-        else:
-            normed, residual = layers.add_norm(norm, f"{path}/input_layernorm", branch, residual)
-        branch = layers.attention(i, normed)
-        if i == spec.layers - 1:
-            # Behind the last attention only the rows to be scored matter: nothing else of a
-            # prompt passes through the last MLP and the head.
-            branch = _gather_rows(graph, "/model/branch_rows", branch, spec.hidden)
-            residual = _gather_rows(graph, "/model/residual_rows", residual, spec.hidden)
-        norm = names.post_attention_norm.format(i=i)
-        normed, residual = layers.add_norm(
-            norm, f"{path}/post_attention_layernorm", branch, residual
-        )
-        branch = layers.mlp(i, normed)
-    normed, _ = layers.add_norm(names.final_norm, "/model/norm", branch, residual)
+        branch, residual = _record_layer(layers, i, branch, residual)
     head = embedding
-    if not spec.tied:
+    scale = spec.logits_scale / (spec.logits_softcap or 1)
+    if spec.tied:
+        # The head is the embedding as it is stored, scaled: the last norm takes that back.
+        scale /= spec.embedding_scale
+    else:
         head = Vocabulary(
             graph, "lm_head", CheckpointMatrix(weights, f"{names.head}.weight"), storage
         )
-    head.logits(normed)
+    normed, _ = layers.enter(names.final_norm, "/model/norm", branch, residual, scale=scale)
+    head.logits(normed, softcap=spec.logits_softcap)
     graph.output("logits", np.float32, ["scored", spec.vocab])
     return graph, DecoderGraph(graph=GRAPH_FILE, layout=LAYOUT, state=state)
+
+
+def _record_layer(layers: LayerBuilder, index: int, branch: str, residual: str) -> tuple[str, str]:
+    """Record a block; takes and gives a branch's result that is not yet added, and the stream."""
+    graph, spec = layers.graph, layers.spec
+    names, path = spec.names, f"/model/layers.{index}"
+
+    def named(name: str | None) -> str | None:
+        return name and name.format(i=index)
+
+    def leave(name: str | None, place: str, source: str) -> str:
+        norm = named(name)
+        return layers.norm(norm, f"{path}/{place}", source) if norm else source
+
+    normed, residual = layers.enter(
+        named(names.attention_norm), f"{path}/attention_norm", branch, residual
+    )
+    branch = layers.attention(index, normed)
+    if index == spec.layers - 1:
+        # Behind the last attention only the rows to be scored matter: nothing else of a prompt
+        # passes through the last MLP and the head.
+        branch = _gather_rows(graph, "/model/branch_rows", branch, spec.hidden)
+        residual = _gather_rows(graph, "/model/residual_rows", residual, spec.hidden)
+        if spec.parallel and not names.mlp_norm:
+            normed = _gather_rows(graph, "/model/normed_rows", normed, spec.hidden)
+    branch = leave(names.attention_post_norm, "attention_post_norm", branch)
+    if spec.parallel:
+        normed = leave(names.mlp_norm, "mlp_norm", residual) if names.mlp_norm else normed
+        branch = layers.add(f"{path}/Add", branch, layers.mlp(index, normed))
+        return branch, residual
+    normed, residual = layers.enter(named(names.mlp_norm), f"{path}/mlp_norm", branch, residual)
+    return leave(names.mlp_post_norm, "mlp_post_norm", layers.mlp(index, normed)), residual
+
+
+def _keep_rotary_tables(
+    graph: GraphRecorder, spec: DecoderSpec, context: int
+) -> dict[RopeConfig, tuple[str, str]]:
+    """Names of the cosines and sines of each rotary embedding that a layer has."""
+    tables: dict[RopeConfig, tuple[str, str]] = {}
+    for rope in dict.fromkeys(layer.rope for layer in spec.attention):
+        if rope is None:
+            continue
+        number = f"_{len(tables)}" if tables else ""
+        names = (f"rotary_cos{number}", f"rotary_sin{number}")
+        arrays = rotary_tables(
+            rope, head_dim=spec.head_dim, padded=spec.padded_head_dim, context=context
+        )
+        for name, array in zip(names, arrays, strict=True):
+            graph.keep(name, array)
+        tables[rope] = names
+    return tables
 
 
 def _declare_inputs(graph: GraphRecorder) -> None:
@@ -92,7 +131,10 @@ def _declare_state(graph: GraphRecorder, spec: DecoderSpec) -> tuple[StateTensor
     """One key and one value buffer per layer: [batch, kv_heads, capacity, head_dim]."""
     shape = ("batch", spec.kv_heads, "capacity", spec.padded_head_dim)
     state = []
-    for i in range(spec.layers):
+    for i, attention in enumerate(spec.attention):
+        # The buffers of windows have a capacity of their own.
+        length = f"capacity_{attention.window}" if attention.window else "capacity"
+        declared = ("batch", spec.kv_heads, length, spec.padded_head_dim)
         for part in ("key", "value"):
             one = StateTensor(
                 input=f"past.{i}.{part}",
@@ -102,10 +144,11 @@ def _declare_state(graph: GraphRecorder, spec: DecoderSpec) -> tuple[StateTensor
                 batch_axis=0,
                 sequence_axis=2,
                 shared=True,
-                kind="kv",
+                kind="window" if attention.window else "kv",
+                window=attention.window,
             )
-            graph.input(one.input, np.float32, shape)
-            graph.output(one.output, np.float32, shape)
+            graph.input(one.input, np.float32, declared)
+            graph.output(one.output, np.float32, declared)
             state.append(one)
     return tuple(state)
 

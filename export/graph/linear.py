@@ -97,22 +97,32 @@ class Vocabulary:
         ]
         return graph.op("Slice", f"{path}/Slice", [flat, *bounds])
 
-    def logits(self, hidden: str) -> str:
-        """Scores of ``hidden`` float32 [n, columns] against every row: float32 [n, rows]."""
+    def logits(self, hidden: str, *, softcap: float = 0.0) -> str:
+        """Scores of ``hidden`` float32 [n, columns] against every row: float32 [n, rows].
+
+        Args:
+            hidden: The input's name.
+            softcap: Bounds the scores s: ``softcap * tanh(s)``; 0: nothing does.
+        """
         graph, path = self._graph, "/lm_head"
+        output = f"{path}/scores" if softcap else "logits"
         if self._storage.block is None:
             # Gemm takes the weight as the embedding has it, so a tied model keeps one copy.
-            return graph.op(
-                "Gemm", f"{path}/Gemm", [hidden, self._weight], outputs=["logits"], transB=1
+            graph.op("Gemm", f"{path}/Gemm", [hidden, self._weight], outputs=[output], transB=1)
+        else:
+            _matmul_nbits(
+                graph,
+                f"{path}/MatMulNBits",
+                [hidden, self._weight, self._scales],
+                self._matrix,
+                self._storage,
+                output=output,
             )
-        return _matmul_nbits(
-            graph,
-            f"{path}/MatMulNBits",
-            [hidden, self._weight, self._scales],
-            self._matrix,
-            self._storage,
-            output="logits",
-        )
+        if not softcap:
+            return output
+        cap = graph.constant("logits_softcap", np.array(softcap, np.float32))
+        bounded = graph.op("Tanh", f"{path}/Tanh", [output])
+        return graph.op("Mul", f"{path}/Mul", [bounded, cap], outputs=["logits"])
 
 
 def _defer_blocks(

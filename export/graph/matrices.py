@@ -18,7 +18,9 @@ __all__ = [
     "MappedColumns",
     "MappedRows",
     "Matrix",
+    "Scaled",
     "Stacked",
+    "Transposed",
     "head_map",
     "read_finite",
 ]
@@ -142,15 +144,68 @@ class MappedColumns:
         return out
 
 
-def head_map(heads: int, head_dim: int, padded: int) -> NDArray[np.int64]:
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """The source's rows as columns; a read goes through the whole source."""
+
+    source: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.source.shape
+        return columns, rows
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop)."""
+        return self.source.read(0, self.source.shape[0])[:, start:stop].T.copy()
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The source times a number."""
+
+    source: Matrix
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop)."""
+        return self.source.read(start, stop) * np.float32(self.factor)
+
+
+def head_map(
+    heads: int,
+    head_dim: int,
+    padded: int,
+    *,
+    width: int | None = None,
+    start: int = 0,
+    stride: int | None = None,
+) -> NDArray[np.int64]:
     """Where each row of zero-padded heads comes from, int64 [heads * padded]; -1 is a zero row.
 
-    Each half of a head is padded at its own end, so that the pairs which rotary embedding turns
-    together (i and i + size / 2) stay pairs.
+    In the graph the whole head turns, entry i together with i + padded / 2. Where only the first
+    ``width`` entries of the source turn, i with i + width / 2, those that do not are divided among
+    the two halves behind those that do, and then each half is filled up with zeros.
+
+    Args:
+        heads: Number of heads.
+        head_dim: Entries of a head in the source.
+        padded: Entries of a head in the graph.
+        width: Entries of the source that turn (default: all).
+        start: The first head's first row in the source.
+        stride: Rows from one head to the next in the source (default: no gap).
     """
-    half, padded_half = head_dim // 2, padded // 2
-    one = np.full(padded, -1, np.int64)
-    one[:half] = np.arange(half)
-    one[padded_half : padded_half + half] = np.arange(half, head_dim)
-    offsets = np.arange(heads, dtype=np.int64)[:, None] * head_dim
-    return np.where(one < 0, -1, offsets + one).reshape(-1)
+    turning = (head_dim if width is None else width) // 2
+    still = head_dim // 2 - turning
+    one = np.full((2, padded // 2), -1, np.int64)
+    one[:, :turning] = np.arange(2 * turning).reshape(2, turning)
+    one[:, turning : turning + still] = np.arange(2 * turning, head_dim).reshape(2, still)
+    steps = head_dim if stride is None else stride
+    offsets = start + np.arange(heads, dtype=np.int64)[:, None] * steps
+    return np.where(one.reshape(-1) < 0, -1, offsets + one.reshape(-1)).reshape(-1)

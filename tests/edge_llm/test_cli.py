@@ -797,6 +797,8 @@ def test_info_json(tiny_bundle: Path, capsys: Capture) -> None:
     assert document["size"] == sum(entry["size"] for entry in stored["files"].values())
     # 3 layers of keys and values, 4 heads, 8 numbers padded to 16, float32
     assert document["memory"]["cache"] == {"64": 98304, "256": 393216}
+    assert document["memory"]["cache_per_token"] == 98304 / 64
+    assert document["memory"]["cache_windows"] == 0
     data = (tiny_bundle / "model.onnx.data").stat().st_size
     assert document["memory"]["weights_file"] > data
     assert document["machine"]["cores"] >= 1
@@ -820,6 +822,29 @@ def test_info_tells_what_was_measured(tiny_bundle: Path, tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert "KLD on books: 0.006 (float32: 0)" in out
     assert "4 bits, a scale per 32 weights, rtn" in out
+
+
+def test_info_tells_windows_from_what_grows(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "sliding"
+    shutil.copytree(tiny_bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["dims"]["context"] = 8192
+    for one in manifest["decoder"]["state"][2:]:  # two of the three layers
+        one |= {"kind": "window", "window": 100}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["info", str(folder), "--json", "--context", "256", "4096", "8192"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    token = 2 * 4 * 16 * 4  # of one layer: keys and values, 4 heads, 16 numbers, float32
+    fixed = 2 * token * (100 + 512)
+    assert memory["cache_per_token"] == token
+    assert memory["cache_windows"] == fixed
+    whole = {"256": 3 * 256 * token, "4096": 4096 * token + fixed, "8192": 8192 * token + fixed}
+    assert memory["cache"] == whole
+    assert main(["info", str(folder)]) == 0
+    text = "512 bytes a token of the context, and up to 0.6 MB for windows, however long it is"
+    assert text in capsys.readouterr().out
 
 
 def test_info_does_not_load_onnxruntime(tiny_bundle: Path) -> None:

@@ -338,6 +338,7 @@ def test_chunks_are_bounded_by_the_logits_of_all_their_tokens(
     assert open_graph(Attention()).widest == CONTEXT
     monkeypatch.setattr(masked_layout, "LOGITS_BYTES", 4 * VOCAB * 10)
     assert open_graph(Attention()).widest == 10
+    assert open_graph(Attention(keep="num_logits_to_keep")).widest == CONTEXT
 
 
 def _with_state(manifest: Manifest, **changes: Any) -> Manifest:

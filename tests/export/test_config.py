@@ -7,56 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from edge_llm_export.config import ConfigReader, RopeConfig, read_config
-
-LLAMA3 = {
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-READ_BY_LLAMA: dict[str, type] = {
-    "attention_bias": bool,
-    "head_dim": int,
-    "hidden_act": str,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "max_position_embeddings": int,
-    "mlp_bias": bool,
-    "num_attention_heads": int,
-    "num_hidden_layers": int,
-    "num_key_value_heads": int,
-    "rms_norm_eps": float,
-    "tie_word_embeddings": bool,
-    "vocab_size": int,
-}
-
-
-def consumed(config: dict[str, Any]) -> ConfigReader:
-    """A reader that has read what a Llama reader would."""
-    reader = ConfigReader(config)
-    for name, kind in READ_BY_LLAMA.items():
-        reader.get(name, kind, kind())
-    reader.rope()
-    return reader
+from edge_llm.errors import CheckpointError, UnsupportedModelError
+from edge_llm_export.architectures.registry import read_architecture
+from edge_llm_export.config import ConfigReader, read_config
 
 
 def test_every_key_of_a_llama_config_of_transformers_is_known() -> None:
     transformers = pytest.importorskip("transformers")
     config = json.loads(transformers.LlamaConfig().to_json_string(use_diff=False))
     assert config.keys() > {"pruned_heads", "torchscript", "typical_p", "vocab_size"}
-    consumed(config).finish()
+    read_architecture(config)
 
 
 @pytest.mark.parametrize("model", ["stories260k", "books7m"])
 def test_every_key_of_a_real_checkpoint_is_known(shared: Path, model: str) -> None:
-    reader = consumed(read_config(shared / "models" / model))
-    assert reader.rope() == RopeConfig()
-    reader.finish()
+    read_architecture(read_config(shared / "models" / model))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +55,8 @@ def test_all_unread_keys_are_named_at_once() -> None:
         ("partial_rotary_factor", 1.0),
         ("partial_rotary_factor", 1),
         ("sliding_window", None),
+        ("attention_bias", False),
+        ("cache_implementation", "hybrid"),
         ("pruned_heads", {}),
         ("unsloth_version", "2025.1"),
         ("transformers.js_config", {"dtype": "q4"}),
@@ -111,6 +79,23 @@ def test_require_and_get_read_types() -> None:
     assert reader.get("d", dict, {"a": 1}) == {}
     assert reader.get("n", int, 7) == 7
     assert reader.get("absent", float, 0.5) == 0.5
+    reader.finish()
+
+
+def test_optional_tells_null_from_absent() -> None:
+    reader = ConfigReader({"null": None, "three": 3})
+    assert reader.optional("null", int, 7) is None
+    assert reader.optional("absent", int, 7) == 7
+    assert reader.optional("absent", int, None) is None
+    assert reader.optional("three", int, 7) == 3
+    with pytest.raises(CheckpointError, match="three must be an integer of at least 4"):
+        reader.optional("three", int, 7, at_least=4)
+    reader.finish()
+
+
+def test_skipped_keys_are_known() -> None:
+    reader = ConfigReader({"odd": 1, "other": 2})
+    reader.skip("odd", "other", "absent")
     reader.finish()
 
 
@@ -163,160 +148,6 @@ def test_quantized_checkpoints_are_refused(name: str) -> None:
         ConfigReader({name: {"quant_method": "gptq", "bits": 4}})
     with pytest.raises(UnsupportedModelError, match=name):
         ConfigReader({name: "odd"})
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, RopeConfig()),
-        ({"rope_theta": 5e5}, RopeConfig(theta=5e5)),
-        ({"rope_theta": 500000, "rope_scaling": None}, RopeConfig(theta=5e5)),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, RopeConfig(kind="linear", factor=2.0)),
-        (
-            {"rope_scaling": {"type": "default", "rope_type": "default"}, "rope_theta": 1e6},
-            RopeConfig(theta=1e6),
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-            RopeConfig(theta=1e6),
-        ),
-        (
-            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0, "factor": None}},
-            RopeConfig(theta=1e6),
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-            RopeConfig(
-                theta=5e5,
-                kind="llama3",
-                factor=32.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_context=8192,
-            ),
-        ),
-        (
-            {
-                "rope_theta": 2.0,
-                "rope_scaling": {"type": "linear", "factor": 2.0},
-                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 2.0},
-            },
-            RopeConfig(theta=2.0, kind="linear", factor=2.0),
-        ),
-    ],
-)
-def test_rope_normalises_both_dialects(config: dict[str, Any], expected: RopeConfig) -> None:
-    reader = ConfigReader(config)
-    assert reader.rope() == expected
-    reader.finish()
-
-
-def test_rope_takes_the_familys_theta_only_where_the_file_has_none() -> None:
-    assert ConfigReader({}).rope(1e6).theta == 1e6
-    assert ConfigReader({"rope_theta": 1e4}).rope(1e6).theta == 1e4
-
-
-@given(
-    theta=st.floats(1.0, 1e9),
-    factor=st.floats(1.0, 1e3),
-    low=st.floats(0.1, 4.0),
-    context=st.integers(1, 10**6),
-)
-def test_the_two_dialects_mean_the_same(
-    theta: float, factor: float, low: float, context: int
-) -> None:
-    scaling = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": low + 1,
-        "original_max_position_embeddings": context,
-    }
-    old = ConfigReader({"rope_theta": theta, "rope_scaling": scaling}).rope()
-    new = ConfigReader({"rope_parameters": scaling | {"rope_theta": theta}}).rope()
-    assert old == new
-    assert (old.theta, old.factor, old.original_context) == (theta, factor, context)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*remove rope_scaling"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'; supported: default"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'.*remove rope_parameters"),
-        ({"rope_scaling": {"rope_type": ["linear"]}}, "asks for rope_type"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "'llama3' and type 'linear'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta = 1"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, r"factor = 2\.0"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor = 0\.5"),
-        (
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
-            "full_attention = ",
-        ),
-        (
-            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
-            "rope_theta and rope_parameters contradict",
-        ),
-        (
-            {
-                "rope_scaling": {"type": "linear", "factor": 2.0},
-                "rope_parameters": {"type": "linear", "factor": 4.0},
-            },
-            "rope_scaling and rope_parameters contradict",
-        ),
-    ],
-)
-def test_rope_refuses_what_it_does_not_know(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
-        ConfigReader(config).rope()
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"rope_theta": 0}, "rope_theta: theta must be a positive number, got 0.0"),
-        ({"rope_theta": "1e4"}, "rope_theta must be a finite number"),
-        ({"rope_scaling": [1]}, "rope_scaling must be an object"),
-        ({"rope_scaling": {"type": "linear"}}, "has no factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at"),
-        ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor must be a"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no high_freq_factor, low_freq"),
-        (
-            {"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
-            r"high_freq_factor must be greater than low_freq_factor \(4\.0\)",
-        ),
-        (
-            {
-                "rope_scaling": {
-                    "type": "llama3",
-                    **LLAMA3,
-                    "original_max_position_embeddings": 8192.0,
-                }
-            },
-            "original_max_position_embeddings must be an integer",
-        ),
-    ],
-)
-def test_rope_names_values_outside_their_domain(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        ConfigReader(config).rope()
-
-
-@pytest.mark.parametrize(
-    ("fields", "argument"),
-    [
-        ({"kind": "yarn"}, "kind"),
-        ({"theta": -1.0}, "theta"),
-        ({"factor": 0.0}, "factor"),
-        ({"kind": "llama3", "low_freq_factor": 0.0}, "low_freq_factor"),
-        ({"kind": "llama3", "high_freq_factor": 1.0}, "high_freq_factor"),
-        ({"kind": "llama3"}, "original_context"),
-    ],
-)
-def test_rope_config_checks_itself(fields: dict[str, Any], argument: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        RopeConfig(**fields)
-    assert caught.value.argument == argument
 
 
 def test_read_config(tmp_path: Path) -> None:

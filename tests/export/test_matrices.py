@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edge_llm.errors import CheckpointError
-from edge_llm_export.architectures.spec import DecoderSpec
+from edge_llm_export.architectures.rope import RopeConfig
+from edge_llm_export.architectures.spec import AttentionSpec, DecoderSpec, NormSpec
 from edge_llm_export.checkpoint.weights import SINGLE, Weights
-from edge_llm_export.config import RopeConfig
 from edge_llm_export.graph.decoder import build_decoder
 from edge_llm_export.graph.matrices import (
     CheckpointMatrix,
     MappedColumns,
     MappedRows,
     Matrix,
+    Scaled,
     Stacked,
+    Transposed,
     head_map,
     read_finite,
 )
@@ -71,7 +73,8 @@ def indices(draw: st.DrawFn, size: int, count: st.SearchStrategy[int]) -> NDArra
 @st.composite
 def pairs(draw: st.DrawFn, columns: int, depth: int = 3) -> Pair:
     """A lazy matrix and the numpy array that it must equal."""
-    kind = draw(st.sampled_from(["leaf", "stack", "rows", "columns"])) if depth else "leaf"
+    kinds = ["leaf", "stack", "rows", "columns", "transposed", "scaled"]
+    kind = draw(st.sampled_from(kinds)) if depth else "leaf"
     if kind == "leaf":
         return draw(leaves(columns))
     if kind == "stack":
@@ -81,6 +84,12 @@ def pairs(draw: st.DrawFn, columns: int, depth: int = 3) -> Pair:
         lazy, eager = draw(pairs(columns, depth - 1))
         index = indices(draw, len(eager), st.integers(1, 8))
         return MappedRows(lazy, index), mapped(eager, index)
+    if kind == "scaled":
+        lazy, eager = draw(pairs(columns, depth - 1))
+        return Scaled(lazy, 0.3), eager * np.float32(0.3)
+    if kind == "transposed":
+        tall = np.random.default_rng(draw(st.integers(0, 9))).standard_normal((columns, 3))
+        return Transposed(Rows(tall.astype(np.float32))), tall.astype(np.float32).T
     lazy, eager = draw(pairs(draw(st.integers(1, 4)), depth - 1))
     index = indices(draw, eager.shape[1], st.just(columns))
     return MappedColumns(lazy, index), mapped(eager.T, index).T
@@ -123,13 +132,32 @@ def test_padded_heads_keep_the_pairs_that_turn_together(heads: int, half: int, m
     np.testing.assert_array_equal(index[index >= 0], np.arange(heads * head_dim))
 
 
+@given(st.integers(1, 3), st.integers(1, 40), st.data())
+def test_what_does_not_turn_lies_behind_what_does(
+    heads: int, half: int, data: st.DataObject
+) -> None:
+    turning = data.draw(st.integers(1, half))
+    size, start = 2 * half, data.draw(st.integers(0, 5))
+    stride = size + data.draw(st.integers(0, 5))
+    padded = -(-size // 16) * 16
+    index = head_map(heads, size, padded, width=2 * turning, start=start, stride=stride)
+    by_head = index.reshape(heads, 2, padded // 2)
+    for head in range(heads):
+        first = start + head * stride
+        pairs = by_head[head, :, :turning]
+        np.testing.assert_array_equal(pairs[0], first + np.arange(turning))
+        np.testing.assert_array_equal(pairs[1], first + turning + np.arange(turning))
+        rest = by_head[head, :, turning:]
+        still = np.sort(rest[rest >= 0])
+        np.testing.assert_array_equal(still, first + np.arange(2 * turning, size))
+
+
 def test_heads_that_fit_are_left_alone() -> None:
     np.testing.assert_array_equal(head_map(3, 32, 32), np.arange(96))
 
 
 SPEC = DecoderSpec(
     architecture="llama",
-    layers=1,
     hidden=16,
     intermediate=24,
     heads=2,
@@ -137,8 +165,8 @@ SPEC = DecoderSpec(
     head_dim=8,
     vocab=20,
     context=16,
-    norm_eps=1e-6,
-    rope=RopeConfig(),
+    attention=(AttentionSpec(rope=RopeConfig()),),
+    norm=NormSpec(eps=1e-6),
     qkv_bias=True,
     output_bias=True,
     mlp_bias=True,

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_llm_export.config import RopeConfig
+from edge_llm_export.architectures.rope import RopeConfig, read_rope
+from edge_llm_export.config import ConfigReader
 from edge_llm_export.graph.rotary import inverse_frequencies, rotary_tables
 
 HEAD_DIMS = (8, 16, 48, 64, 80, 100, 128)
@@ -69,7 +70,7 @@ def test_frequencies_are_those_of_transformers(name: str, head_dim: int) -> None
             reference_config(rope, head_dim), "cpu"
         )
         assert attention_scaling == 1.0
-        ours = inverse_frequencies(rope, head_dim)
+        ours = inverse_frequencies(rope, head_dim, 100)
         assert ours.dtype == np.float32
         assert ours.shape == (head_dim // 2,)
         np.testing.assert_allclose(ours, expected.numpy(), rtol=TOLERANCE[rope.kind])
@@ -93,14 +94,14 @@ def test_frequencies_are_those_of_the_formula(name: str, head_dim: int) -> None:
                 kept = min(max(kept, 0.0), 1.0)
                 frequency *= kept + (1 - kept) / rope.factor
             expected.append(frequency)
-        ours = inverse_frequencies(rope, head_dim)
+        ours = inverse_frequencies(rope, head_dim, 100)
         # The reference rounds its exponents to float32, and ours follow it in that.
         np.testing.assert_allclose(ours, expected, rtol=2 * TOLERANCE[rope.kind])
 
 
 def test_llama3_keeps_divides_and_blends() -> None:
     rope, plain = scaled("llama3.2", 500_000.0), scaled("default", 500_000.0)
-    ratios = inverse_frequencies(plain, 128) / inverse_frequencies(rope, 128)
+    ratios = inverse_frequencies(plain, 128, 100) / inverse_frequencies(rope, 128, 100)
     assert ratios[0] == 1
     assert ratios[-1] == 32
     assert np.logical_and(ratios > 1.01, ratios < 31.9).any(), "no pair was blended"
@@ -124,7 +125,7 @@ def test_padded_pairs_do_not_turn(head_dim: int) -> None:
 def test_tables_are_the_angles_of_every_position(name: str) -> None:
     rope, context = scaled(name, 10_000.0), 8192
     cosines, sines = rotary_tables(rope, head_dim=64, padded=64, context=context)
-    frequencies = inverse_frequencies(rope, 64)
+    frequencies = inverse_frequencies(rope, 64, context)
     # The angles are float32, as in transformers; their cosines and sines are exact to the last bit.
     angles = np.arange(context, dtype=np.float32)[:, None] * frequencies
     assert angles.dtype == np.float32
@@ -148,3 +149,38 @@ def test_tables_are_those_of_transformers(name: str) -> None:
     for table, both_halves in zip(ours, expected, strict=True):
         wide = both_halves[0].numpy()
         np.testing.assert_allclose(np.concatenate([table, table], axis=1), wide, atol=apart)
+
+
+@pytest.mark.parametrize("context", [64, 65])
+def test_longrope_is_that_of_transformers(context: int) -> None:
+    """One set of factors up to the trained context, another beyond."""
+    import torch
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    pairs = 12
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1 + 0.1 * i for i in range(pairs)],
+        "long_factor": [1.5**i for i in range(pairs)],
+    }
+    config = Phi3Config(
+        hidden_size=64,
+        num_attention_heads=2,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=64,
+        rope_scaling=scaling,
+    )
+    rope = read_rope(
+        ConfigReader({"rope_scaling": scaling, "partial_rotary_factor": 0.75}),
+        fraction=1.0,
+        contexts=(1024, 64),
+    )
+    expected = Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(context)[None])
+    ours = rotary_tables(rope, head_dim=32, padded=48, context=context)
+    assert ours[0][0, 0] == pytest.approx(np.sqrt(1 + 4 / 6), rel=1e-6)
+    for table, both_halves, still in zip(ours, expected, (1, 0), strict=True):
+        wide = both_halves[0].numpy()
+        np.testing.assert_allclose(table[:, :pairs], wide[:, :pairs], atol=3e-5)
+        assert (table[:, pairs:] == still).all()
