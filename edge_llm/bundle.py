@@ -1,14 +1,23 @@
-"""Opening a bundle: a folder whose files are the ones that its manifest lists."""
+"""Opening a model: a bundle, or a foreign folder that is read as if it were one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-from edge_llm.errors import BundleError, BundleNotFoundError, IntegrityError, ManifestError
+from edge_llm.errors import (
+    ArgumentError,
+    BundleError,
+    BundleNotFoundError,
+    IntegrityError,
+    ManifestError,
+    UnsupportedFormatError,
+)
+from edge_llm.foreign.external_data import check_external_data
+from edge_llm.foreign.onnx_file import read_onnx
 from edge_llm.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["Bundle", "sha256_file"]
@@ -20,33 +29,48 @@ class Bundle:
 
     Attributes:
         path: The folder.
-        manifest: What it says about itself.
+        manifest: What it says about itself, or for a foreign folder what follows from its files.
+        variants: The graphs that a foreign folder has, the fastest on a CPU first; empty where
+            there is no choice.
+        texts: Files that the manifest lists and that a foreign folder has in another form.
+        foreign: Whether the manifest was derived.
     """
 
     path: Path
     manifest: Manifest
+    variants: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    foreign: bool = False
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
         *,
+        variant: str | None = None,
         verify: bool = False,
         on_file: Callable[[str], None] | None = None,
     ) -> Bundle:
-        """Open a bundle; sizes are always checked, contents where asked for.
+        """Open a bundle, or a folder of onnxruntime-genai, transformers.js or optimum.
+
+        Sizes are always checked, and that the graph finds its weights in the folder; contents
+        where asked for.
 
         Args:
-            path: The bundle's folder.
+            path: The folder.
+            variant: Which graph of a transformers.js or optimum folder, by the end of its file's
+                name ("q4", "int8", "fp32"); by default the fastest on a CPU.
             verify: Also compare every file's SHA-256 (reads the whole bundle).
             on_file: Called with each file's name before it is hashed.
 
         Raises:
-            BundleNotFoundError: No folder, or no manifest in it.
-            BundleError: The manifest may not be read.
+            ArgumentError: There is no such variant, or the folder has no hashes to verify.
+            BundleNotFoundError: No folder, or nothing in it that this runtime opens.
+            BundleError: A file may not be read.
             ManifestError: The manifest breaks its schema.
-            UnsupportedFormatError: The bundle needs a newer runtime.
-            IntegrityError: A file is missing or altered.
+            UnsupportedFormatError: The model needs what this runtime does not have.
+            IntegrityError: A file is missing, altered, or no ONNX graph.
+            CheckpointError: A foreign folder's tokenizer or configuration is not usable.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -56,32 +80,78 @@ class Bundle:
                 else f"There is no folder {str(folder)!r}.",
                 "Give the path of a bundle; `edge-llm export MODEL -o DIR` makes one.",
             )
-        try:
-            text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise BundleNotFoundError(
-                f"{str(folder)!r} has no {MANIFEST_NAME}, so it is not a bundle.",
-                "A Hugging Face checkpoint becomes one with `edge-llm export`.",
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{MANIFEST_NAME} is not UTF-8.", "Export again.") from error
-        except OSError as error:
-            raise BundleError(
-                f"{MANIFEST_NAME} in {str(folder)!r} cannot be read: {error.strerror}.",
-                "Give this user the right to read it.",
-            ) from error
+        text = _read_manifest(folder)
+        if text is None:
+            return cls._open_foreign(folder, variant, verify=verify)
+        if variant is not None:
+            raise ArgumentError("variant", "left out with a bundle: it has one graph", variant)
         bundle = cls(folder, Manifest.from_json(text))
         bundle._check_files(verify=verify, on_file=on_file)
+        bundle._check_graph()
         return bundle
+
+    @classmethod
+    def _open_foreign(cls, folder: Path, variant: str | None, *, verify: bool) -> Bundle:
+        # A bundle needs none of this, and the tokenizers library takes time to import.
+        from edge_llm.foreign.folder import KINDS, find_model
+        from edge_llm.foreign.found import derive_manifest
+
+        found = find_model(folder, variant)
+        if found is None:
+            raise BundleNotFoundError(
+                f"{str(folder)!r} is not a bundle: it has no {MANIFEST_NAME}. Nor is it a model of "
+                f"another program: it has no {KINDS}.",
+                "A Hugging Face checkpoint becomes a bundle with `edge-llm export`.",
+            )
+        if verify:
+            raise ArgumentError(
+                "verify",
+                f"False for this {found.kind}, which states no hashes",
+                verify,
+                "`edge-llm import` makes a bundle of it that can be verified.",
+            )
+        manifest, texts = derive_manifest(folder, found)
+        return cls(folder, manifest, found.variants, texts, foreign=True)
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists."""
         return self.path / name
 
+    def read_text(self, name: str) -> str:
+        """The content of a listed file that is text.
+
+        Raises:
+            IntegrityError: It cannot be read.
+        """
+        if name in self.texts:
+            return self.texts[name]
+        try:
+            return self.file(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise IntegrityError(
+                f"The bundle's file {name!r} cannot be read: {error}.", "Export the bundle again."
+            ) from error
+
     @property
     def size(self) -> int:
         """Bytes of all listed files together."""
         return sum(entry.size for entry in self.manifest.files.values())
+
+    def _check_graph(self) -> None:
+        """Refuse a graph that would read what is no part of the bundle."""
+        name = self.manifest.decoder.graph
+        graph = self.file(name)
+        if graph.suffix != ".onnx":  # ONNX Runtime goes by it, and knows another format
+            raise UnsupportedFormatError(
+                f"The graph {name!r} is no .onnx file.", "Export the bundle again."
+            )
+        above = PurePosixPath(name).parent
+        for data in check_external_data(read_onnx(graph), graph):
+            if str(above / data) not in self.manifest.files:
+                raise IntegrityError(
+                    f"{name} needs {data!r}, which {MANIFEST_NAME} does not list.",
+                    "Copy the bundle again, or export it again.",
+                )
 
     def _check_files(self, *, verify: bool, on_file: Callable[[str], None] | None) -> None:
         remedy = "Copy the bundle again, or export it again."
@@ -104,6 +174,21 @@ class Bundle:
                         "manifest's.",
                         remedy,
                     )
+
+
+def _read_manifest(folder: Path) -> str | None:
+    """The manifest's text, or None where there is none."""
+    try:
+        return (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{MANIFEST_NAME} is not UTF-8.", "Export again.") from error
+    except OSError as error:
+        raise BundleError(
+            f"{MANIFEST_NAME} in {str(folder)!r} cannot be read: {error.strerror}.",
+            "Give this user the right to read it.",
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

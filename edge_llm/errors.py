@@ -17,8 +17,8 @@
     ├── ForkError                               the model was used in a forked child
     ├── PlatformError                           this machine cannot run the runtime
     ├── RuntimeFailure                          ONNX Runtime refused or failed a step
-    └── ExportError                             an export cannot be done
-        ├── CheckpointError                     the checkpoint's files are not usable
+    └── ExportError                             a bundle cannot be made
+        ├── CheckpointError (also a BundleError) the files that a model came in are not usable
         ├── UnsupportedModelError               the checkpoint asks for the unknown
         └── VerificationError                   the written bundle did not behave as it must
 
@@ -172,11 +172,11 @@ class RuntimeFailure(EdgeLLMError):  # noqa: N818 - the tree's one failure that 
 
 
 class ExportError(EdgeLLMError):
-    """An export cannot be done."""
+    """A bundle cannot be made: exported or imported."""
 
 
-class CheckpointError(ExportError):
-    """The checkpoint's files are not usable."""
+class CheckpointError(ExportError, BundleError):
+    """The files that a model came in are not usable, to export, to import or to run them."""
 
 
 class UnsupportedModelError(ExportError):

@@ -27,7 +27,6 @@ from edge_llm.errors import (
     ChatTemplateError,
     ContextLengthError,
     DeadlineError,
-    IntegrityError,
     ManifestError,
 )
 from edge_llm.manifest import Manifest
@@ -62,7 +61,9 @@ class LLM:
             print(llm.generate("Once upon a time", max_tokens=50).text)
 
     Args:
-        path: The bundle's folder.
+        path: A bundle's folder, or one that onnxruntime-genai, transformers.js or optimum runs.
+        variant: Which graph of a transformers.js or optimum folder, by the end of its file's name
+            ("q4", "int8", "fp32"); by default the fastest on a CPU.
         context: Most tokens of prompt and answer together; by default what was exported, but at
             most 4,096. The key/value cache is allocated for it.
         threads: Threads to compute with; by default one per core that this process may use.
@@ -86,13 +87,14 @@ class LLM:
         self,
         path: str | os.PathLike[str],
         *,
+        variant: str | None = None,
         context: int | None = None,
         threads: int | None = None,
         prefill_chunk: int | None = None,
         verify: bool = False,
     ) -> None:
         started = time.perf_counter()
-        bundle = Bundle.open(path, verify=verify)
+        bundle = Bundle.open(path, variant=variant, verify=verify)
         self.manifest: Manifest = bundle.manifest
         dims, tokens = self.manifest.dims, self.manifest.tokens
         self.context: int = integer("context", context, 2, dims.context) or min(
@@ -112,7 +114,7 @@ class LLM:
             vocab=dims.vocab,
         )
         self._templates = {
-            name: _read_text(bundle, file) for name, file in self.manifest.chat.templates.items()
+            name: bundle.read_text(file) for name, file in self.manifest.chat.templates.items()
         }
         session = create_session(
             bundle.file(self.manifest.decoder.graph),
@@ -362,15 +364,6 @@ class LLM:
                     on_prompt(result.done, result.total)
                 elif chunk := generation.chunk(result):
                     yield chunk
-
-
-def _read_text(bundle: Bundle, name: str) -> str:
-    try:
-        return bundle.file(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"The bundle's file {name!r} cannot be read: {error}.", "Export the bundle again."
-        ) from error
 
 
 def _single_token(decoder: Decoder) -> float:

@@ -67,12 +67,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dims:
-    """Sizes of the model, as its authors count them (``head_dim`` before any padding)."""
+    """Sizes of the model, as its authors count them (``head_dim`` before any padding).
+
+    ``hidden``, ``intermediate`` and ``heads`` are None where a foreign folder does not tell them.
+    """
 
     layers: int
-    hidden: int
-    intermediate: int
-    heads: int
+    hidden: int | None
+    intermediate: int | None
+    heads: int | None
     kv_heads: int
     head_dim: int
     vocab: int
@@ -81,10 +84,9 @@ class Dims:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise ManifestError(
-                    f"dims.{name} must be at least 1, got {getattr(self, name)}.", _EXPORT_AGAIN
-                )
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ManifestError(f"dims.{name} must be at least 1, got {size}.", _EXPORT_AGAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +147,11 @@ class Quantization:
     """How the weight matrices are stored.
 
     Attributes:
-        method: "none", "rtn" (round to nearest), or "gptq" or "awq" (the checkpoint's own).
-        bits: Bits of a weight; 32 means float32.
-        block: Weights that share a scale, or None for float32.
+        method: "none", "rtn" (round to nearest), "gptq" or "awq" (the checkpoint's own), or
+            "foreign" (as another exporter did it).
+        bits: Bits of a weight; without a method 32 means float32 and 16 float16.
+        block: Weights that share a scale, or None where a whole column or matrix does, or where
+            there is none.
         exceptions: Tensors that are stored in another way, by their name in the checkpoint.
     """
 
@@ -177,10 +181,13 @@ class ChatTemplates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+    """Size in bytes and SHA-256 (hexadecimal) of a file.
+
+    The hash is None in a manifest that was derived from a foreign folder; a file has one always.
+    """
 
     size: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +277,11 @@ class Manifest:
         if not isinstance(data, dict):
             raise ManifestError(f"{MANIFEST_NAME} must be a JSON object.", _EXPORT_AGAIN)
         _check_version(data)
-        return _decode(cls, data, "")
+        manifest = _decode(cls, data, "")
+        for name, entry in manifest.files.items():
+            if entry.sha256 is None:
+                raise ManifestError(f"files.{name}.sha256 must be str, got None.", _EXPORT_AGAIN)
+        return manifest
 
     def to_json(self) -> str:
         """Write the manifest as indented JSON that ends in a newline."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_llm.errors import CheckpointError, UnsupportedModelError
+from edge_llm.huggingface.files import MULTIMODAL, read_json
 
-__all__ = ["ConfigReader", "read_config", "read_json", "same", "shorten", "typed"]
+__all__ = ["ConfigReader", "read_config", "same", "shorten", "typed"]
 
 T = TypeVar("T")
 
@@ -22,16 +22,6 @@ _DOMAINS: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
-
-# A checkpoint with one of these holds a text model beside an image or audio model.
-_MULTIMODAL = (
-    "text_config",
-    "vision_config",
-    "audio_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-)
 
 # Keys that do not change a decoder's forward pass at inference: where the file comes from and how
 # transformers is to load it, training, other heads and tasks, and what read_tokenizer and
@@ -202,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UnsupportedModelError: It describes a multimodal model.
     """
     config = read_json(folder / "config.json")
-    for name in _MULTIMODAL:
+    for name in MULTIMODAL:
         if config.get(name) is not None:
             raise UnsupportedModelError(
                 f"config.json: {name} says that this {config.get('model_type')!r} model is "
@@ -210,29 +200,6 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "Export a checkpoint of its text model alone.",
             )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: The file is missing, unreadable, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}.", "Give the folder of a whole checkpoint."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON: {error}.", "Download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold an object, got {shorten(content)}.", "Download it again."
-        )
-    return content
 
 
 def typed(label: str, value: Any, kind: type[T], at_least: float | None = None) -> T:

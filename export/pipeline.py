@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from edge_llm.huggingface.tokenizer import TokenizerFiles, read_tokenizer
 from edge_llm.manifest import (
     FORMAT,
     ChatTemplates,
@@ -24,6 +24,7 @@ from edge_llm.manifest import (
     Source,
     Tokens,
 )
+from edge_llm.staging import check_target, staged
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
@@ -31,7 +32,6 @@ from .architectures.tensors import check_tensors
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import open_weights, packed_tensor
 from .checkpoint.prequantized import Packing, read_packing
-from .checkpoint.tokenizer import TokenizerFiles, read_tokenizer
 from .checkpoint.weights import Weights
 from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
@@ -41,7 +41,7 @@ from .graph.decoder import build_decoder
 from .graph.recorder import GraphRecorder
 from .quantize.choice import check_choice, choose_storage, describe_storage
 from .quantize.storage import FLOAT32, Storage
-from .writer import BundleWriter, check_target, staged
+from .writer import BundleWriter
 
 __all__ = ["Progress", "export_model"]
 
@@ -164,7 +164,7 @@ def _read(
     model = _read_model(config, ignore, via, say)
     context = _context(model.context, max_context)
     files = read_tokenizer(checkpoint.path, config)
-    _check_tokens(files, model.vocab)
+    files.check(model.vocab)
     return _Plan(
         checkpoint=checkpoint,
         model=model,
@@ -212,23 +212,6 @@ def _context(longest: int | None, max_context: int | None) -> int:
             "The model was not trained beyond that.",
         )
     return max_context
-
-
-def _check_tokens(files: TokenizerFiles, vocab: int) -> None:
-    """Refuse ids that the model has no row for."""
-    if files.vocab_size > vocab:
-        raise CheckpointError(
-            f"tokenizer.json has ids up to {files.vocab_size - 1}, but the model's vocabulary "
-            f"has {vocab} rows.",
-            "Use the tokenizer that belongs to this checkpoint.",
-        )
-    for name, ids in {"bos": [files.bos], "eos": files.eos, "pad": [files.pad]}.items():
-        for token in ids:
-            if token is not None and token >= vocab:
-                raise CheckpointError(
-                    f"{name}_token_id is {token}, but the model's vocabulary has {vocab} rows.",
-                    "Repair it in generation_config.json and config.json.",
-                )
 
 
 @contextmanager
@@ -302,17 +285,9 @@ def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
             f"{files.tokenizer_json} cannot be read: {error.strerror}.", "Download it again."
         ) from error
     writer.write("tokenizer.json", tokenizer)
-    templates = {}
-    for name, source in files.chat_templates.items():
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            raise CheckpointError(
-                f"The chat template's name {name!r} cannot be a file's name.",
-                "Rename it in tokenizer_config.json.",
-            )
-        default = name == "default"
-        path = "chat_template.jinja" if default else f"additional_chat_templates/{name}.jinja"
-        writer.write(path, source.encode("utf-8"))
-        templates[name] = path
+    templates = files.template_paths()
+    for name, path in templates.items():
+        writer.write(path, files.chat_templates[name].encode("utf-8"))
     return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
 
 

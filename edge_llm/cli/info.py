@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import Progress, megabytes, table, write
+from edge_llm.cli.options import add_variant_flag
 from edge_llm.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -22,7 +23,13 @@ CONTEXTS = (512, 1024, 2048, 4096)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "bundle",
+        metavar="FOLDER",
+        help="the folder of a bundle, or of a model that onnxruntime-genai, transformers.js or "
+        "optimum runs",
+    )
+    add_variant_flag(parser)
     parser.add_argument(
         "--context",
         type=int,
@@ -44,6 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         bundle = Bundle.open(
             arguments.bundle,
+            variant=arguments.variant,
             verify=arguments.verify,
             on_file=lambda name: progress.show(f"verifying {name} ..."),
         )
@@ -55,6 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
         document = {
             "path": str(bundle.path),
             "size": bundle.size,
+            "foreign": bundle.foreign,
+            "variants": list(bundle.variants),
             "verified": arguments.verify,
             "manifest": dataclasses.asdict(bundle.manifest),
             "memory": memory,
@@ -64,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     files = bundle.manifest.files
     parts = [
-        _describe_model(bundle.manifest),
+        _describe_model(bundle),
         f"\nFiles, {megabytes(bundle.size)}{' (verified)' if arguments.verify else ''}",
         table(((name, megabytes(files[name].size)) for name in sorted(files)), indent="  "),
         _describe_memory(memory),
@@ -92,12 +102,8 @@ def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:
     decoder = bundle.manifest.decoder
     growing = [one for one in decoder.state if one.kind == "kv"]
     windows = [one for one in decoder.state if one.kind == "window"]
-    # The graph's weights lie in the graph's own file and in those named after it.
-    weights = sum(
-        entry.size
-        for name, entry in bundle.manifest.files.items()
-        if name.startswith(decoder.graph)
-    )
+    texts = {bundle.manifest.tokenizer, *bundle.manifest.chat.templates.values()}
+    weights = sum(entry.size for name, entry in bundle.manifest.files.items() if name not in texts)
     return {
         "weights_file": weights,
         "weights_prepared_estimate": weights,
@@ -122,7 +128,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _describe_model(manifest: Manifest) -> str:
+def _describe_model(bundle: Bundle) -> str:
+    manifest = bundle.manifest
     source, dims, tokens = manifest.source, manifest.dims, manifest.tokens
     eos = ", ".join(map(str, tokens.eos)) or "none"
     quality = [
@@ -134,10 +141,10 @@ def _describe_model(manifest: Manifest) -> str:
         "revision": source.revision or "not told",
         "licence": source.license or "not told",
         "parameters": f"{dims.parameters / 1e6:,.1f} million",
-        "architecture": f"{source.architecture}, {dims.layers} layers of width {dims.hidden} "
-        f"(MLP {dims.intermediate})",
-        "attention": f"{dims.heads} heads of width {dims.head_dim}, {dims.kv_heads} of them with "
-        "keys and values of their own",
+        "architecture": f"{source.architecture}, {dims.layers} layers of width "
+        f"{_told(dims.hidden)} (MLP {_told(dims.intermediate)})",
+        "attention": f"{_told(dims.heads)} heads of width {dims.head_dim}, {dims.kv_heads} of them "
+        "with keys and values of their own",
         "vocabulary": f"{dims.vocab} tokens",
         "quantization": _describe_quantization(manifest),
         "context": f"{dims.context} tokens",
@@ -149,17 +156,27 @@ def _describe_model(manifest: Manifest) -> str:
         "quality": quality or "not measured",
         "made by": [f"{name} {version}" for name, version in manifest.producer.items()],
         "format": f"{manifest.format}, for onnxruntime {manifest.min_onnxruntime} or later",
+        **manifest.info,
     }
+    if bundle.foreign:
+        rows["format"] = "not a bundle: opened as it is"
+    if bundle.variants:
+        rows["variants"] = ", ".join(bundle.variants)
     return f"{manifest.name}\n{_pairs(rows)}"
 
 
 def _describe_quantization(manifest: Manifest) -> str:
     stored = manifest.quantization
-    if stored.bits == 32:
-        return "none: float32"
-    text = f"{stored.bits} bits, a scale per {stored.block} weights, {stored.method}"
+    if stored.method == "none":
+        return f"none: float{stored.bits}"
+    scale = "column or matrix" if stored.block is None else f"{stored.block} weights"
+    text = f"{stored.bits} bits, a scale per {scale}, {stored.method}"
     others = len(stored.exceptions)
     return f"{text}; {others} tensors in another way" if others else text
+
+
+def _told(size: int | None) -> str:
+    return "not told" if size is None else str(size)
 
 
 def _describe_memory(memory: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edge_llm import __version__
-from edge_llm.cli import bench, chat, info, run
+from edge_llm.cli import bench, chat, import_, info, run
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import STDOUT, write
 from edge_llm.errors import ArgumentError, EdgeLLMError
@@ -118,7 +118,7 @@ class _Unavailable(Command):
 
 def _commands() -> dict[str, Command]:
     """The commands by name: edge_llm's own, then those of other packages."""
-    found = {module.COMMAND.name: module.COMMAND for module in (run, chat, info, bench)}
+    found = {module.COMMAND.name: module.COMMAND for module in (run, chat, info, bench, import_)}
     for name, command in _further_commands():
         found.setdefault(name, command)
     found.setdefault("export", _unavailable("export", "it is not installed"))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from edge_llm.errors import ChatTemplateError
+from edge_llm.errors import ArgumentError, ChatTemplateError
 
 if TYPE_CHECKING:
     from edge_llm.llm import LLM
@@ -17,6 +17,7 @@ __all__ = [
     "add_generate_flags",
     "add_model_flags",
     "add_template_flags",
+    "add_variant_flag",
     "generate_options",
     "load_model",
     "require_template",
@@ -45,9 +46,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-m",
         "--model",
-        metavar="BUNDLE",
-        help="the bundle's folder (default: the small built-in home-command model)",
+        metavar="FOLDER",
+        help="the folder of a bundle, or of a model that onnxruntime-genai, transformers.js or "
+        "optimum runs (default: the small built-in home-command model)",
     )
+    add_variant_flag(group)
     group.add_argument(
         "--context",
         type=int,
@@ -60,6 +63,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of every file first"
+    )
+
+
+def add_variant_flag(parser: argparse._ActionsContainer) -> None:
+    """Add what chooses one of a folder's graphs."""
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which graph of a transformers.js or optimum folder: q4, int8, fp32, ... (default: "
+        "the fastest on a CPU)",
     )
 
 
@@ -91,10 +104,15 @@ def generate_options(arguments: argparse.Namespace) -> GenerateOptions:
 
 
 def load_model(arguments: argparse.Namespace) -> LLM:
-    """Load the bundle that ``-m`` names, or the built-in one."""
+    """Load the model that ``-m`` names, or the built-in one."""
     from edge_llm.llm import LLM
 
-    load = LLM.builtin if arguments.model is None else functools.partial(LLM, arguments.model)
+    if arguments.model is not None:
+        load = functools.partial(LLM, arguments.model, variant=arguments.variant)
+    elif arguments.variant is not None:
+        raise ArgumentError("variant", "left out with the built-in model", arguments.variant)
+    else:
+        load = LLM.builtin
     return load(context=arguments.context, threads=arguments.threads, verify=arguments.verify)
 
 

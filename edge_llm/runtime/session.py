@@ -21,6 +21,7 @@ from edge_llm.errors import (
     PlatformError,
     RuntimeFailure,
     TelemetryWarning,
+    UnsupportedFormatError,
 )
 from edge_llm.runtime.device import check_platform, usable_cores
 
@@ -34,6 +35,12 @@ log = logging.getLogger("edge_llm")
 # Between two operators of a step a worker waits for a few microseconds, between two steps for some
 # hundred (a token is chosen): spinning that long and no longer leaves an idle model's cores alone.
 SPIN_MICROSECONDS = 1000
+
+# How onnxruntime says that it knows no such operator, or has no kernel of it for CPUs.
+_NO_OPERATOR = re.compile(
+    r"(?:find an implementation for |No Op registered for |Fatal error: )([\w.:]+\w)"
+    r"(?=\(\d+\) node| with domain_version|\(-?\d+\) is not a registered)"
+)
 
 _open_sessions: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
 
@@ -107,6 +114,7 @@ def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceS
     Raises:
         PlatformError: onnxruntime is too old or missing.
         RuntimeFailure: ONNX Runtime refuses the graph.
+        UnsupportedFormatError: The graph has an operator that ONNX Runtime lacks; it is named.
     """
     ort = import_onnxruntime()
     if _version(ort.__version__) < _version(minimum):
@@ -123,6 +131,12 @@ def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceS
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except onnxruntime_errors() as error:
+        if operator := _NO_OPERATOR.search(str(error)):
+            raise UnsupportedFormatError(
+                f"{model.name} needs the operator {operator[1]}, which ONNX Runtime "
+                f"{ort.__version__} does not have for this data on CPUs.",
+                "Upgrade onnxruntime, or take a conversion of the model for CPUs.",
+            ) from error
         raise RuntimeFailure(
             f"ONNX Runtime {ort.__version__} refuses {model.name}: {error}",
             "Check the files with `edge-llm info --verify`, or export the bundle again.",

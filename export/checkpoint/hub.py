@@ -7,7 +7,6 @@ What huggingface_hub reads from the environment holds here too: ``HF_TOKEN``, ``
 from __future__ import annotations
 
 import glob
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from edge_llm.errors import ArgumentError, CheckpointError
+from edge_llm.huggingface.model_card import read_license
 
 from .weights import INDEX, SINGLE, read_index
 
@@ -92,7 +92,7 @@ def resolve(
             raise ArgumentError(
                 "revision", f"left out with a local folder ({source})", revision, "Leave it out."
             )
-        return Checkpoint(Path(source), None, None, _license(Path(source)))
+        return Checkpoint(Path(source), None, None, read_license(Path(source)))
     if isinstance(source, Path) or _looks_local(source):
         raise CheckpointError(
             f"{source} is not a folder that exists.",
@@ -113,7 +113,7 @@ def resolve(
             "export that folder.",
         )
     _check_complete(path, source, ["config.json"])
-    return Checkpoint(path, source, commit, _license(path))
+    return Checkpoint(path, source, commit, read_license(path))
 
 
 def _looks_local(source: str) -> bool:
@@ -180,23 +180,3 @@ def _check_complete(path: Path, repo: str, names: list[str]) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _license(folder: Path) -> str | None:
-    """The licence in README.md's front matter, see https://huggingface.co/docs/hub/model-cards."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return None
-    matter = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
-    if matter is None:
-        return None
-
-    def field(name: str) -> str:
-        """A scalar, or a list joined by commas: these two need no YAML parser."""
-        found = re.search(rf"^{name}:(.*(?:\n[ \t]*-[ \t].*)*)", matter[1], re.MULTILINE)
-        values = re.split(r"[,\n]", re.sub(r"[ \t]#.*", "", found[1])) if found else []
-        return ", ".join(filter(None, (value.strip(" \t-[]'\"") for value in values)))
-
-    stated = field("license")
-    return (field("license_name") if stated == "other" else "") or stated or None

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from edge_llm.errors import ArgumentError, CheckpointError, ClosedError
-
-from ..config import read_json
+from edge_llm.huggingface.files import read_json
 
 __all__ = ["INDEX", "SINGLE", "Weights", "checked_rows", "read_index"]
 

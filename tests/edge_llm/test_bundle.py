@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
 from edge_llm import Bundle
 from edge_llm.bundle import sha256_file
 from edge_llm.errors import (
+    ArgumentError,
     BundleError,
     BundleNotFoundError,
     IntegrityError,
@@ -29,8 +31,19 @@ from edge_llm.manifest import (
     Tokens,
 )
 
+
+def graph(*locations: str) -> bytes:
+    """An ONNX file with a tensor of 1 KiB in each of these places."""
+    tensors = [TensorProto(name=one, data_type=TensorProto.UINT8, dims=[1024]) for one in locations]
+    for tensor, location in zip(tensors, locations, strict=True):
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+    content = helper.make_model(helper.make_graph([], "graph", [], [], tensors))
+    return bytes(content.SerializeToString())
+
+
 CONTENTS = {
-    "model.onnx": b"graph",
+    "model.onnx": graph("model.onnx.data"),
     "model.onnx.data": bytes(range(256)) * 4096,  # more than one read of the hash
     "tokenizer.json": b"{}",
     "additional_chat_templates/tool.jinja": b"{{ messages }}",
@@ -165,6 +178,51 @@ def test_altered_bytes_are_found_where_asked_for(folder: Path, name: str) -> Non
     assert Bundle.open(folder).file(name).read_bytes() == content
     with pytest.raises(IntegrityError, match=f"'{name}' is altered"):
         Bundle.open(folder, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("README.md", r"needs 'README\.md', which manifest\.json does not list"),
+        ("../secret", r"'\.\./secret' is not a relative path"),
+        ("/etc/hostname", "'/etc/hostname' is not a relative path"),
+        ("empty", "reaches to byte 1024 of 'empty', which has 0"),
+    ],
+)
+def test_a_graph_that_reads_elsewhere_is_refused(folder: Path, location: str, message: str) -> None:
+    (folder / "README.md").write_bytes(bytes(2048))
+    (folder.parent / "secret").write_bytes(bytes(2048))
+    replace_graph(folder, graph("model.onnx.data", location))
+    with pytest.raises(IntegrityError, match=message):
+        Bundle.open(folder)
+
+
+def replace_graph(folder: Path, content: bytes, name: str = "model.onnx") -> None:
+    """Put another graph in its place, and tell the manifest."""
+    (folder / name).write_bytes(content)
+    manifest = Manifest.from_json((folder / "manifest.json").read_text(encoding="utf-8"))
+    entry = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest = dataclasses.replace(
+        manifest,
+        files={**manifest.files, name: entry},
+        decoder=dataclasses.replace(manifest.decoder, graph=name),
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+
+
+def test_a_graph_that_is_none_is_refused(folder: Path) -> None:
+    replace_graph(folder, b"PK\x03\x04 a zip file")
+    with pytest.raises(IntegrityError, match=r"model\.onnx is not an ONNX file"):
+        Bundle.open(folder)
+    replace_graph(folder, graph(), "model.ort")  # ONNX Runtime's other format, by its name
+    with pytest.raises(UnsupportedFormatError, match=r"'model\.ort' is no \.onnx file"):
+        Bundle.open(folder)
+
+
+def test_a_bundle_has_no_variants(folder: Path) -> None:
+    assert not Bundle.open(folder).variants
+    with pytest.raises(ArgumentError, match="variant must be left out with a bundle"):
+        Bundle.open(folder, variant="q4")
 
 
 def test_sha256_file(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     [
         ([], "COMMAND"),
         (["dance"], "invalid choice"),
-        (["info"], "BUNDLE"),
+        (["info"], "FOLDER"),
+        (["import", "x"], "-o/--output"),
         (["run", "-m", "x", "hello", "--max-token", "3"], "unrecognized arguments: --max-token"),
         (["run", "-m", "x", "hello", "--temperature", "hot"], "invalid float value"),
         (["run", "-m", "x", "hello", "--raw", "--chat"], "not allowed with"),

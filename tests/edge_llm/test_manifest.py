@@ -511,3 +511,12 @@ def test_tokens_are_ids_of_the_vocabulary(key: str, token: int) -> None:
     data["tokens"][key] = [token] if key == "eos" else token
     with pytest.raises(ManifestError, match=f"ids from 0 to 99, got {token}"):
         Manifest.from_json(json.dumps(data))
+
+
+def test_a_file_without_a_hash_is_refused() -> None:
+    """Only what is derived in memory may lack it."""
+    manifest = dataclasses.replace(
+        example(), files={name: FileEntry(size=1, sha256=None) for name in example().files}
+    )
+    with pytest.raises(ManifestError, match=r"files\.[^ ]+\.sha256 must be str, got None"):
+        Manifest.from_json(manifest.to_json())

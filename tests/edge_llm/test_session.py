@@ -8,8 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 
-from edge_llm.errors import ArgumentError, PlatformError, RuntimeFailure
+from edge_llm.errors import (
+    ArgumentError,
+    PlatformError,
+    RuntimeFailure,
+    UnsupportedFormatError,
+)
 from edge_llm.runtime import session
 from edge_llm.runtime.session import create_session, import_onnxruntime, resolve_threads
 
@@ -171,3 +177,30 @@ def test_a_session_computes_on_the_threads_it_was_given(tiny_bundle: Path) -> No
     options = one.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert one.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "inputs", "shown"),
+    [
+        ("WarpSpeed", "", 1, "WarpSpeed"),
+        ("WarpSpeed", "org.starship", 1, "org.starship:WarpSpeed"),
+        ("WarpSpeed", "com.microsoft", 1, "com.microsoft:WarpSpeed"),
+        ("GroupNorm", "com.microsoft", 3, "GroupNorm"),  # known, but not on CPUs
+    ],
+)
+def test_an_operator_that_is_not_there_is_named(
+    operator: str, domain: str, inputs: int, shown: str, tmp_path: Path
+) -> None:
+    settings = {"groups": 1, "activation": 0} if operator == "GroupNorm" else {}
+    node = helper.make_node(operator, ["x"] * inputs, ["y"], domain=domain, **settings)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    opsets = [helper.make_opsetid(one, 1) for one in {"com.microsoft", domain or "com.microsoft"}]
+    graph = helper.make_graph([node], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), *opsets])
+    model.ir_version = 10
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        UnsupportedFormatError, match=rf"needs the operator {shown}, which"
+    ) as caught:
+        create_session(tmp_path / "model.onnx", threads=1, minimum="1.32")
+    assert caught.value.remedy

@@ -10,7 +10,7 @@ import pytest
 
 from edge_llm.errors import CheckpointError, UnsupportedModelError
 from edge_llm_export.architectures.registry import read_architecture
-from edge_llm_export.config import ConfigReader, read_config, read_json
+from edge_llm_export.config import ConfigReader, read_config
 
 
 def test_every_key_of_a_llama_config_of_transformers_is_known() -> None:
@@ -150,19 +150,3 @@ def test_read_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}')
     with pytest.raises(UnsupportedModelError, match=r"text_config .*'gemma3' model is multimodal"):
         read_config(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null"])
-def test_broken_json_names_the_file(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        read_json(path)
-    assert str(path) in caught.value.message
-    assert len(str(caught.value)) < 1000
-
-
-def test_a_folder_in_the_files_place_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        read_json(tmp_path / "config.json")

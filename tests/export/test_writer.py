@@ -29,8 +29,9 @@ from edge_llm.manifest import (
     Tokens,
 )
 from edge_llm.runtime.session import create_session
+from edge_llm.staging import check_target, staged
 from edge_llm_export.graph.recorder import GraphRecorder, TensorInfo
-from edge_llm_export.writer import ALIGNMENT, BundleWriter, check_target, staged
+from edge_llm_export.writer import ALIGNMENT, BundleWriter
 
 
 def manifest(files: dict[str, FileEntry], name: str = "test") -> Manifest:

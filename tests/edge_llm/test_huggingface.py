@@ -12,13 +12,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from edge_llm.errors import CheckpointError
-from edge_llm_export.checkpoint.tokenizer import (
+from edge_llm.huggingface.files import read_json
+from edge_llm.huggingface.tokenizer import (
     _BY_MODEL_TYPE,
     _FAMILIES,
     TokenizerFiles,
     read_tokenizer,
 )
-from edge_llm_export.config import read_config
 
 # Every token that one of the tokenizer classes of transformers assumes, then others.
 SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<bos>", "<eos>", "<pad>", "<UNK>"]
@@ -96,7 +96,7 @@ def test_bos_and_special_tokens_are_autotokenizers(
 def test_the_model_type_decides_where_no_class_is_named(tmp_path: Path, model_type: str) -> None:
     write(tmp_path, config={"model_type": model_type})
     ids = transformers_reads(tmp_path)("hello").input_ids
-    ours = read_tokenizer(tmp_path, read_config(tmp_path))
+    ours = read_tokenizer(tmp_path, read_json(tmp_path / "config.json"))
     assert ids == [*([ours.bos] if ours.add_bos else []), len(SPECIAL) + 2]
 
 
@@ -132,7 +132,7 @@ def test_a_file_of_transformers_5_leaves_bos_to_tokenizer_json(tmp_path: Path, p
 def test_shared_models(shared: Path, model: str) -> None:
     transformers = pytest.importorskip("transformers")
     folder = shared / "models" / model
-    ours = read_tokenizer(folder, read_config(folder))
+    ours = read_tokenizer(folder, read_json(folder / "config.json"))
     # transformers 4.57 does not know books7m's class by name, TokenizersBackend of version 5.
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     text = "Once upon a time"
@@ -477,3 +477,19 @@ def test_json_that_is_no_tokenizer_and_text_that_is_no_template_name_the_file(
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not what the tokenizers"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b"[1]", b"null"])
+def test_json_that_is_broken_is_named_and_not_printed(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(path)
+    assert str(path) in caught.value.message
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_folder_in_the_files_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        read_json(tmp_path / "config.json")

@@ -1,7 +1,8 @@
-"""What a checkpoint's files say of its tokenizer, chat templates and generation settings."""
+"""What a model's files say of its tokenizer, chat templates and generation settings."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edge_llm.errors import CheckpointError
-
-from ..config import read_json
-from .generation import read_sampling
+from edge_llm.huggingface.files import read_json
+from edge_llm.huggingface.generation import read_sampling
 
 __all__ = ["TokenizerFiles", "read_tokenizer"]
 
@@ -90,17 +90,65 @@ class TokenizerFiles:
     sampling: dict[str, float | int]
     ignored: tuple[str, ...]
 
+    def check(self, vocab: int) -> None:
+        """Refuse ids that a model has no row for.
 
-def read_tokenizer(folder: Path, config_json: Mapping[str, Any]) -> TokenizerFiles:
-    """Read the tokenizer's and the generation's files of a checkpoint.
+        Args:
+            vocab: The rows that it has.
+
+        Raises:
+            CheckpointError: There is such an id.
+        """
+        if self.vocab_size > vocab:
+            raise CheckpointError(
+                f"tokenizer.json has ids up to {self.vocab_size - 1}, but the model's vocabulary "
+                f"has {vocab} rows.",
+                "Use the tokenizer that belongs to this model.",
+            )
+        for name, ids in {"bos": [self.bos], "eos": self.eos, "pad": [self.pad]}.items():
+            for token in ids:
+                if token is not None and token >= vocab:
+                    raise CheckpointError(
+                        f"{name}_token_id is {token}, but the model's vocabulary has {vocab} rows.",
+                        "Repair it in generation_config.json and config.json.",
+                    )
+
+    def template_paths(self) -> dict[str, str]:
+        """Where a bundle keeps each chat template, by the template's name.
+
+        Raises:
+            CheckpointError: A name cannot be a file's.
+        """
+        paths = {}
+        for name in self.chat_templates:
+            if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+                raise CheckpointError(
+                    f"The chat template's name {name!r} cannot be a file's name.",
+                    "Rename it in tokenizer_config.json.",
+                )
+            default = name == "default"
+            paths[name] = (
+                "chat_template.jinja" if default else f"additional_chat_templates/{name}.jinja"
+            )
+        return paths
+
+
+def read_tokenizer(
+    folder: Path,
+    config_json: Mapping[str, Any],
+    *,
+    generation_json: Mapping[str, Any] | None = None,
+) -> TokenizerFiles:
+    """Read the tokenizer's and the generation's files of a model.
 
     The rules are those of transformers 4.57's AutoTokenizer and GenerationConfig, and for a
     tokenizer_config.json written by transformers 5, of that.
 
     Args:
-        folder: The checkpoint's folder.
-        config_json: The content of its config.json; stands in for a missing
-            generation_config.json, as in transformers.
+        folder: The model's folder.
+        config_json: The content of its config.json.
+        generation_json: The content of its generation_config.json; by default that file's, and
+            where there is none config.json's, as in transformers.
 
     Raises:
         CheckpointError: A file is missing or broken, or holds what the runtime could not follow.
@@ -111,14 +159,16 @@ def read_tokenizer(folder: Path, config_json: Mapping[str, Any]) -> TokenizerFil
     family = _family(settings, config_json)
     special = _special_tokens(settings, family)
     _check_added(folder, tokenizer, settings)
-    has_generation = (folder / "generation_config.json").is_file()
-    generation = read_json(folder / "generation_config.json") if has_generation else config_json
+    path_of_generation = folder / "generation_config.json"
+    if generation_json is None and path_of_generation.is_file():
+        generation_json = read_json(path_of_generation)
+    generation = config_json if generation_json is None else generation_json
     ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
     prefix = _prefix(tokenizer, settings, family, ids)
     sources = (generation, config_json)
     bos = [*prefix, *_known(ids, "bos_token"), *_ids("bos_token_id", *sources)]
     pad = [*_known(ids, "pad_token"), *_ids("pad_token_id", *sources)]
-    sampling, ignored = read_sampling(generation, strict=has_generation)
+    sampling, ignored = read_sampling(generation, strict=generation_json is not None)
     return TokenizerFiles(
         tokenizer_json=path,
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
@@ -137,8 +187,8 @@ def _load(path: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no tokenizer.json.",
-            "Convert the tokenizer with transformers, then export the folder: AutoTokenizer"
-            ".from_pretrained(source).save_pretrained(folder)",
+            "Convert the tokenizer with transformers: AutoTokenizer.from_pretrained(source)"
+            ".save_pretrained(folder)",
         )
     read_json(path)  # names what is broken better than the tokenizers library does
     try:

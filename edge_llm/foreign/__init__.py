@@ -1,0 +1,1 @@
+"""ONNX folders that other exporters made, opened as if they were bundles."""
