@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from edge_llm.cli.main import main
 from edge_llm.errors import (
@@ -33,18 +33,25 @@ from edge_llm_export.fallback.interface import read_state
 from edge_llm_export.fallback.model import read_model
 from edge_llm_export.fallback.tracing import STEPS, Trace
 
+TWO_LAYERS = {
+    "num_layers": 2,
+    "attention_layers": ["global", "global"],
+    "attention_types": [[["global"], 2]],
+}
+
 Capture = pytest.CaptureFixture[str]
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture(scope="module")
 def original(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2."""
-    folder = tmp_path_factory.mktemp("gpt2")
+    """A tiny GPT-Neo, which has no row in the graph builder."""
+    folder = tmp_path_factory.mktemp("neo")
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 400}
-    ids = {"bos_token_id": None, "eos_token_id": 1}
-    GPT2LMHeadModel(GPT2Config(**sizes, **ids)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
+    more = {"max_position_embeddings": 64, "attention_types": [[["global"], 1]]}
+    config = GPTNeoConfig(**sizes, **more, bos_token_id=None, eos_token_id=1)
+    GPTNeoForCausalLM(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_checkpoint / file, folder / file)
     return folder
@@ -89,7 +96,11 @@ def test_a_type_that_nobody_knows(checkpoint: Path) -> None:
 def test_the_builder_alone_does_not_ask_optimum(checkpoint: Path) -> None:
     said: list[str] = []
     error = refused(
-        checkpoint, UnsupportedModelError, "'gpt2'.*graph builder", via="builder", warn=said.append
+        checkpoint,
+        UnsupportedModelError,
+        "'gpt_neo'.*graph builder",
+        via="builder",
+        warn=said.append,
     )
     assert "--via optimum" in error.remedy
     assert said == []
@@ -118,9 +129,9 @@ def test_an_unknown_way(checkpoint: Path) -> None:
         ({"is_encoder_decoder": True}, UnsupportedModelError, "is_encoder_decoder"),
         ({"model_type": "internlm2"}, UnsupportedModelError, "'internlm2' is not one"),
         ({"model_type": ...}, CheckpointError, "no model_type"),
-        ({"n_head": "two"}, CheckpointError, "config.json"),
-        ({"n_embd": 48}, CheckpointError, "(?s)transformers cannot load.*config.json"),
-        ({"n_layer": 2}, CheckpointError, "no tensor 'transformer.h.1"),
+        ({"hidden_size": "wide"}, CheckpointError, "config.json"),
+        ({"hidden_size": 48}, CheckpointError, "(?s)transformers cannot load.*config.json"),
+        (TWO_LAYERS, CheckpointError, "no tensor 'transformer.h.1"),
         ({"vocab_size": 300}, CheckpointError, "has 300 rows"),
     ],
 )
@@ -170,7 +181,7 @@ def test_without_optimum_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "optimum", None)
     for name in [name for name in sys.modules if name.startswith("optimum.")]:
         monkeypatch.delitem(sys.modules, name)
-    refused(checkpoint, ExportError, "'gpt2' takes optimum, which cannot be imported")
+    refused(checkpoint, ExportError, "'gpt_neo' takes optimum, which cannot be imported")
     output = str(checkpoint.parent / "bundle")
     assert main(["export", str(checkpoint), "-o", output]) == 1
     _, error = capsys.readouterr()
@@ -182,7 +193,7 @@ def test_the_command_says_who_exports(checkpoint: Path, tmp_path: Path, capsys: 
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == (
-        "edge-llm: the graph builder does not know the model_type 'gpt2': optimum exports it\n"
+        "edge-llm: the graph builder does not know the model_type 'gpt_neo': optimum exports it\n"
     )
     assert out.startswith("Wrote ")
     assert main([*argv, "--via", "optimum", "--overwrite"]) == 0
@@ -205,7 +216,7 @@ def test_a_failing_exporter_leaves_nothing(
     refused(
         checkpoint,
         UnsupportedModelError,
-        "cannot export this 'gpt2' .*RuntimeError: no operator. Please",
+        "cannot export this 'gpt_neo' .*RuntimeError: no operator. Please",
     )
 
 
