@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from inspect import isfunction, ismethod
 from typing import Any
@@ -21,6 +20,8 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 """A function that the model may call: its JSON schema, or a Python function to take it from."""
 
 _LONGEST_REASON = 500
+# transformers' own mark, for some templates look for it (LFM2.5).
+_END = "CONTINUE_FINAL_MESSAGE_TAG "
 _GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -74,7 +75,7 @@ class ChatTemplate:
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         schemas = _schemas(tools)
-        end = f"{secrets.token_hex(16)} " if continue_final_message else ""
+        end = _END if continue_final_message else ""
         given = {
             "documents": None,
             **self._variables,

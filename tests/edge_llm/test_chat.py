@@ -401,6 +401,19 @@ def test_a_continued_message_ends_the_tokens(
     assert text.rstrip().endswith(content.split("</think>")[-1].strip())
 
 
+def test_a_template_may_know_transformers_mark_of_the_end(tokenizer_source: Source) -> None:
+    source = (
+        "{% set tag = 'CONTINUE_FINAL_MESSAGE_TAG ' %}{% for m in messages %}"
+        "{{ m.content[:-27] ~ '()' ~ tag if m.content.endswith(tag) else m.content }};{% endfor %}"
+    )
+    messages = conversation("CONTINUE_FINAL_MESSAGE_TAG x", "call")
+    expected = theirs(tokenizer_source("byte_level")).apply_chat_template(
+        messages, chat_template=source, tokenize=False, continue_final_message=True
+    )
+    assert template_of(source).render(messages, continue_final_message=True) == expected
+    assert expected.endswith(";call()")
+
+
 def test_what_cannot_be_continued_is_refused() -> None:
     messages = conversation("x", "y")
     with pytest.raises(ArgumentError, match="add_generation_prompt"):
