@@ -24,7 +24,6 @@ from edge_llm.engine.slot import Slot
 from edge_llm.errors import (
     ArgumentError,
     CancelledError,
-    ChatTemplateError,
     ContextLengthError,
     DeadlineError,
     ManifestError,
@@ -41,7 +40,14 @@ from edge_llm.results import Chunk, Completion, Score
 from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import create_session, resolve_threads
-from edge_llm.text.chat import ChatTemplate, encode_chat
+from edge_llm.text.chat import (
+    ChatTemplate,
+    Message,
+    Tool,
+    checked_options,
+    choose_template,
+    encode_chat,
+)
 from edge_llm.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
@@ -49,7 +55,6 @@ __all__ = ["LLM"]
 DEFAULT_CONTEXT = 4096
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -175,8 +180,10 @@ class LLM:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str = "default",
+        tools: Sequence[Tool] | None = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
         """Answer the last message of a conversation.
@@ -186,43 +193,66 @@ class LLM:
         Args:
             messages: ``{"role": ..., "content": ...}`` each. Text that looks like a special token
                 stays text.
-            tools: Descriptions of functions, for templates that know tools.
-            template: Name of the chat template.
+            tools: Functions that the model may call, for templates that know tools: JSON schemas,
+                or Python functions with type hints and a docstring in Google's style.
+            template: Name of the chat template; by default "tool_use" where there are tools and a
+                template of that name, and else "default".
+            template_options: What else the template reads: ``{"enable_thinking": False}``.
+            continue_final_message: Write on from the end of the last message.
             options: See :class:`GenerateOptions`.
 
         Raises:
             ChatTemplateError: The bundle has no such template, or it refuses the messages.
         """
-        tokens = self.apply_chat_template(messages, tools=tools, template=template)
+        tokens = self.apply_chat_template(
+            messages,
+            tools=tools,
+            template=template,
+            template_options=template_options,
+            continue_final_message=continue_final_message,
+        )
         return self._complete(self._prompt_tokens(tokens), options)
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str = "default",
+        tools: Sequence[Tool] | None = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[Chunk]:
         """Answer the last message of a conversation piece by piece; see :meth:`chat`."""
-        tokens = self.apply_chat_template(messages, tools=tools, template=template)
+        tokens = self.apply_chat_template(
+            messages,
+            tools=tools,
+            template=template,
+            template_options=template_options,
+            continue_final_message=continue_final_message,
+        )
         return self._stream(self._prompt_tokens(tokens), options)
 
     def apply_chat_template(
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str = "default",
-        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] | None = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The tokens of a conversation, as :meth:`chat` feeds them."""
+        source = choose_template(self._templates, template, tools=tools)
         return encode_chat(
             self._tokenizer,
-            self._chat_template(template),
+            ChatTemplate(source, special_tokens=self.manifest.chat.special_tokens),
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **checked_options(template_options),
         )
 
     def score(
@@ -305,15 +335,6 @@ class LLM:
         if array.min() < 0 or array.max() >= vocab:
             raise ArgumentError(name, domain, prompt)
         return array.astype(np.int64)
-
-    def _chat_template(self, name: str) -> ChatTemplate:
-        if name not in self._templates:
-            known = ", ".join(sorted(self._templates))
-            raise ChatTemplateError(
-                f"The bundle has no chat template {name!r}.",
-                f"It has: {known}." if known else "Use generate(): this is a base model.",
-            )
-        return ChatTemplate(self._templates[name], special_tokens=self.manifest.chat.special_tokens)
 
     def _generation(
         self, prompt: NDArray[np.int64], options: GenerateOptions, *, stream: bool

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Mapping, Sequence
+from inspect import isfunction, ismethod
+from typing import Any
 
 from edge_llm.errors import ArgumentError, ChatTemplateError
+from edge_llm.text.masks import Masks
 from edge_llm.text.tokenizer import Tokenizer
+from edge_llm.text.tools import function_schema
 
-if TYPE_CHECKING:
-    import jinja2
-
-__all__ = ["ChatTemplate", "Message", "encode_chat"]
-
-_NAMES = ("role", "type")
+__all__ = ["ChatTemplate", "Message", "Tool", "checked_options", "choose_template", "encode_chat"]
 
 Message = Mapping[str, Any]
 """A `role`, its `content` (text, a list of parts, or None) and whatever else the template reads."""
+
+Tool = Mapping[str, Any] | Callable[..., Any]
+"""A function that the model may call: its JSON schema, or a Python function to take it from."""
+
+_LONGEST_REASON = 500
+# transformers' own mark, for some templates look for it (LFM2.5).
+_END = "CONTINUE_FINAL_MESSAGE_TAG "
+_GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 class ChatTemplate:
@@ -43,38 +43,97 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The text of a conversation.
 
         Args:
             messages: At least one; each a mapping with a `role` and mostly a `content`.
-            tools: JSON schemas of functions that the model may call.
-            add_generation_prompt: Whether the text ends in the head of the model's answer.
+            tools: Functions that the model may call.
+            add_generation_prompt: Whether the text ends in the head of the model's answer; by
+                default it does, unless the last message is to be continued.
+            continue_final_message: Whether the text ends where the last message does, for the
+                model to write on.
             **variables: What else the template reads, such as `enable_thinking` or `documents`.
 
         Raises:
             ArgumentError: Messages or tools have another form.
-            ChatTemplateError: The template is broken, or refuses this conversation.
+            ChatTemplateError: The template is broken, refuses this conversation, or does more
+                work than one of this length can need.
         """
-        _check(messages, tools)
-        try:
-            return _compiled(self.source).render(
-                **{
-                    "documents": None,
-                    **self._variables,
-                    **variables,
-                    "messages": list(messages),
-                    "tools": None if tools is None else list(tools),
-                    "add_generation_prompt": add_generation_prompt,
-                }
+        # Here and not above: a model that only completes text does without jinja2's import time.
+        from edge_llm.text import sandbox
+
+        _check(messages)
+        if add_generation_prompt and continue_final_message:
+            raise ArgumentError(
+                "add_generation_prompt", "left out where the final message is continued", True
             )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        schemas = _schemas(tools)
+        end = _END if continue_final_message else ""
+        given = {
+            "documents": None,
+            **self._variables,
+            **variables,
+            "messages": _ending_in(end, messages) if end else list(messages),
+            "tools": schemas,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = sandbox.render(self.source, given)
         except ChatTemplateError:
             raise
         except Exception as error:  # a template may fail in any way that Python can
-            raise ChatTemplateError(f"The chat template refused this: {error}") from error
+            reason = str(error)[:_LONGEST_REASON] or type(error).__name__
+            raise ChatTemplateError(f"The chat template refused this: {reason}") from error
+        return _cut(text, end, messages[-1]) if end else text
+
+
+def choose_template(
+    templates: Mapping[str, str], name: str | None, *, tools: Sequence[Tool] | None = None
+) -> str:
+    """The template to render with, of several, as transformers chooses it.
+
+    Args:
+        templates: Sources by name.
+        name: The one to take; by default "tool_use" where there are tools and such a template,
+            and else "default".
+        tools: The functions that the model may call.
+
+    Raises:
+        ChatTemplateError: There is no such template.
+    """
+    wanted = name
+    if wanted is None:
+        wanted = "tool_use" if tools is not None and "tool_use" in templates else "default"
+    if wanted not in templates:
+        known = ", ".join(sorted(templates))
+        raise ChatTemplateError(
+            f"The bundle has no chat template {wanted!r}.",
+            f"It has: {known}." if known else "Use generate(): this is a base model.",
+        )
+    return templates[wanted]
+
+
+def checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a template reads besides messages and tools, checked.
+
+    Raises:
+        ArgumentError: No mapping of names, or a name that is an argument of its own.
+    """
+    if options is None:
+        return {}
+    domain = f"a mapping from names to values, without {', '.join(_GIVEN)}"
+    if not isinstance(options, Mapping) or not all(
+        isinstance(name, str) and name not in _GIVEN for name in options
+    ):
+        raise ArgumentError("template_options", domain, options)
+    return dict(options)
 
 
 def encode_chat(
@@ -82,8 +141,9 @@ def encode_chat(
     template: ChatTemplate,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
     **variables: Any,
 ) -> list[int]:
     """The tokens of a conversation, in which what people wrote can never act as a control token.
@@ -99,9 +159,10 @@ def encode_chat(
     Args:
         tokenizer: The model's tokenizer.
         template: The model's chat template.
-        messages: As for `ChatTemplate.render`, like the next three.
+        messages: As for `ChatTemplate.render`, like the next four.
         tools: See there.
         add_generation_prompt: See there.
+        continue_final_message: See there.
         **variables: See there.
 
     Returns:
@@ -111,12 +172,17 @@ def encode_chat(
         ArgumentError: As for `ChatTemplate.render`; or a text holds a lone surrogate.
         ChatTemplateError: As for `ChatTemplate.render`.
     """
-    _check(messages, tools)
-    masks = _Masks(tokenizer, [template.source, messages, tools, variables])
+    from edge_llm.text.budget import weigh
+
+    _check(messages)
+    schemas = _schemas(tools)
+    weigh([messages, schemas, variables])  # what is nested too deeply, or in itself, ends here
+    masks = Masks(tokenizer, [template.source, messages, schemas, variables])
     text = template.render(
         [masks.message(message) for message in messages],
-        tools=None if tools is None else [masks.user(tool) for tool in tools],
+        tools=None if schemas is None else [masks.user(schema) for schema in schemas],
         add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
         **{name: masks.user(value) for name, value in variables.items()},
     )
     ids, offsets = tokenizer.encode_with_offsets(text)
@@ -124,7 +190,12 @@ def encode_chat(
         return ids
     out: list[int] = []
     done = position = 0
-    controls = [i for i, id_ in enumerate(ids) if tokenizer.is_control(id_, text, offsets[i])]
+    known = tokenizer.control_tokens
+    controls = [
+        i
+        for i, id_ in enumerate(ids)
+        if id_ in known and tokenizer.is_control(id_, text, offsets[i])
+    ]
     for index in [*controls, len(ids)]:
         start, stop = offsets[index] if index < len(ids) else (len(text), len(text))
         section = text[position:start]
@@ -138,13 +209,9 @@ def encode_chat(
     return out
 
 
-def _check(messages: Any, tools: Any) -> None:
-    for name, values in (("messages", messages), ("tools", tools)):
-        if name == "tools" and values is None:
-            continue
-        listed = isinstance(values, Sequence) and not isinstance(values, str)
-        if not listed or not all(isinstance(value, Mapping) for value in values):
-            raise ArgumentError(name, "a list of mappings", values)
+def _check(messages: Any) -> None:
+    if not _listed(messages) or not all(isinstance(message, Mapping) for message in messages):
+        raise ArgumentError("messages", "a list of mappings", messages)
     if not messages:
         raise ArgumentError("messages", "a list of at least one message", messages)
     for index, message in enumerate(messages):
@@ -156,223 +223,61 @@ def _check(messages: Any, tools: Any) -> None:
             raise ArgumentError(f"messages[{index}]['content']", domain, content)
 
 
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-    import jinja2
+def _schemas(tools: Any) -> list[Mapping[str, Any]] | None:
+    if tools is None:
+        return None
+    if not _listed(tools):
+        raise ArgumentError("tools", "a list of JSON schemas or functions", tools)
+    schemas: list[Mapping[str, Any]] = []
+    for index, tool in enumerate(tools):
+        if isfunction(tool) or ismethod(tool):
+            schemas.append(function_schema(tool))
+        elif isinstance(tool, Mapping):
+            schemas.append(tool)
+        else:
+            raise ArgumentError(f"tools[{index}]", "a JSON schema or a function", tool)
+    return schemas
 
-    try:
-        return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise ChatTemplateError(f"The chat template is no Jinja template: {error}.") from error
+
+def _listed(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    """The sandbox, with the filters and globals that transformers gives to templates.
-
-    Source: transformers.utils.chat_template_utils, `_compile_jinja_template`.
-    """
-    # Here and not above: a model that only completes text does without jinja2's import time.
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what a model wrote, for training; here it only groups."""
-
-        tags = {"generation"}  # noqa: RUF012 - the attribute that jinja2 reads
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_body")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _body(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+def _ending_in(end: str, messages: Sequence[Message]) -> list[Message]:
+    """The messages, the last one's last text with this at its end."""
+    *others, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*others, {**last, "content": content + end}]
+    parts = list(content or ())
+    for index in reversed(range(len(parts))):
+        if _is_text(parts[index]):
+            parts[index] = {**parts[index], "text": parts[index]["text"] + end}
+            return [*others, {**last, "content": parts}]
+    raise ArgumentError(
+        f"messages[{len(others)}]['content']", "text where it is to be continued", content
     )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
 
 
-class _Masks:
-    """Puts stand-ins, characters of private use, in the place of others, and takes them back.
-
-    Args:
-        tokenizer: Knows the control tokens.
-        inputs: Everything that reaches the template: no stand-in occurs there.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, inputs: Any) -> None:
-        self._tokenizer = tokenizer
-        self._spellings = _spellings(tokenizer)
-        self._taken = set[str]().union(*_strings(inputs))
-        self._next = 0xF0000  # plane 15
-        self._stand_ins: dict[str, str] = {}
-
-    def message(self, message: Message) -> Any:
-        """A message with stand-ins, by the rule of its role."""
-        mask = self._special if message["role"] == "assistant" else self._control
-        return self._map(message, mask)
-
-    def user(self, value: Any) -> Any:
-        """Any value with stand-ins wherever a control token could begin."""
-        return self._map(value, self._control)
-
-    def restored(self, text: str) -> str:
-        """A rendered text with the characters back that stand-ins took the place of."""
-        text = text.translate({ord(s): original for original, s in self._stand_ins.items()})
-        if "\\" in text:  # a template may have escaped it: tojson(ensure_ascii=True), or repr
-            for original, stand_in in self._stand_ins.items():
-                text = text.replace(json.dumps(stand_in)[1:-1], json.dumps(original)[1:-1])
-                text = text.replace(repr(stand_in)[1:-1], original)
-        return text
-
-    def _map(self, value: Any, mask: Callable[[str], str], *, name: bool = False) -> Any:
-        """Masks every string, except that a name that is a mere identifier stays."""
-        if isinstance(value, str):
-            return value if name and value.isidentifier() else mask(value)
-        if isinstance(value, Mapping):
-            return {
-                self._map(key, mask, name=True): self._map(item, mask, name=key in _NAMES)
-                for key, item in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return [self._map(item, mask) for item in value]
-        return value
-
-    def _control(self, text: str) -> str:
-        starts = [c for c in set(text) if not self._spellings.starts.isdisjoint(_fold(c))]
-        masked = text.translate({ord(c): self._stand_in(c) for c in starts})
-        return self._edges(masked, self._spellings.control)
-
-    def _special(self, text: str) -> str:
-        while spans := self._special_spans(text):
-            characters = list(text)
-            for start, stop in spans:
-                at = next((i for i in range(start, stop) if self._maskable(characters[i])), None)
-                if at is not None:
-                    characters[at] = self._stand_in(characters[at])
-            text = "".join(characters)
-        return self._edges(text, self._spellings.special)
-
-    def _special_spans(self, text: str) -> list[tuple[int, int]]:
-        ids, offsets = self._tokenizer.encode_with_offsets(text)
-        return [
-            span
-            for id_, span in zip(ids, offsets, strict=True)
-            if self._tokenizer.is_control(id_, text, span)
-            and self._tokenizer.control_tokens[id_].special
-            and any(map(self._maskable, text[slice(*span)]))
-        ]
-
-    def _edges(self, text: str, spelled: str) -> str:
-        """Masks an end of the text that the template's own text could make a token of."""
-        inner = text.strip()
-        if not inner:
-            return text
-        first, last = text.index(inner[0]), text.rindex(inner[-1])
-        known = self._spellings
-        head, tail = _fold(inner[: known.longest]), _fold(inner[-known.longest :])
-        if any(c in known.ends and f"{head[:n]}\0" in spelled for n, c in enumerate(head, 1)):
-            text = self._masked_at(text, first)
-        if any(c in known.starts and f"\0{tail[n:]}" in spelled for n, c in enumerate(tail)):
-            text = self._masked_at(text, last)
-        return text
-
-    def _maskable(self, character: str) -> bool:
-        return not character.isspace() and character not in self._stand_ins.values()
-
-    def _masked_at(self, text: str, at: int) -> str:
-        return text[:at] + self._stand_in(text[at]) + text[at + 1 :]
-
-    def _stand_in(self, character: str) -> str:
-        if character in self._stand_ins.values():
-            return character
-        if character not in self._stand_ins:
-            while chr(self._next) in self._taken:
-                self._next += 1
-            self._stand_ins[character] = chr(self._next)
-            self._next += 1
-        return self._stand_ins[character]
+def _last_text(message: Message) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return next(str(part["text"]) for part in reversed(content) if _is_text(part))
 
 
-@dataclass(frozen=True, slots=True)
-class _Spellings:
-    """The control tokens' texts, folded.
-
-    Attributes:
-        starts: The characters that any of them begins with, white space aside.
-        ends: The same for their ends.
-        control: All of them, between zero characters.
-        special: Those marked special.
-        longest: The most characters of one.
-    """
-
-    starts: frozenset[str]
-    ends: frozenset[str]
-    control: str
-    special: str
-    longest: int
+def _is_text(part: object) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
-_SPELLINGS: WeakKeyDictionary[Tokenizer, _Spellings] = WeakKeyDictionary()
-
-
-def _spellings(tokenizer: Tokenizer) -> _Spellings:
-    if tokenizer not in _SPELLINGS:
-        added = tokenizer.control_tokens.values()
-        folded = [_fold(token.content).strip() for token in added]
-        special = [_fold(token.content).strip() for token in added if token.special]
-        _SPELLINGS[tokenizer] = _Spellings(
-            starts=frozenset(spelling[0] for spelling in folded if spelling),
-            ends=frozenset(spelling[-1] for spelling in folded if spelling),
-            control="\0".join(["", *folded, ""]),
-            special="\0".join(["", *special, ""]),
-            longest=max(map(len, folded), default=0),
+def _cut(text: str, end: str, last: Message) -> str:
+    """The rendered text up to the end of the last message's content."""
+    at = text.rfind(end.strip())
+    if at < 0 or _last_text(last).strip() not in text[:at]:
+        raise ChatTemplateError(
+            "The chat template leaves out the final message or a part of it, so it cannot be "
+            "continued.",
+            f"It is of the role {last['role']!r}; templates keep most of what an assistant wrote.",
         )
-    return _SPELLINGS[tokenizer]
-
-
-def _fold(text: str) -> str:
-    """Text with the distinctions gone that normalizers of tokenizers ignore.
-
-    Folding more than a tokenizer does only masks more than there would be need for.
-    """
-    decomposed = unicodedata.normalize("NFKD", text.replace("▁", " ")).casefold()
-    return "".join(c for c in decomposed if not unicodedata.combining(c))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
+    # Where the template strips white space off a content, it does so here too.
+    return text[:at] if text.startswith(end, at) else text[:at].rstrip()

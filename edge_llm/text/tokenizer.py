@@ -146,7 +146,9 @@ class Tokenizer:
         whole = self._sentinel + text if continues else text
         twin = self._plain
         encoding = self._encode(twin.library, whole)
-        if any(self.is_control(i, whole, s) for i, s in _pairs(encoding)):
+        if not self.control_tokens.keys().isdisjoint(encoding.ids) and any(
+            self.is_control(i, whole, s) for i, s in _pairs(encoding)
+        ):
             # A vocabulary that holds the control token's text as an ordinary piece.
             twin = self._purged
             encoding = self._encode(twin.library, whole)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_llm import LLM
 from edge_llm.errors import ArgumentError, ChatTemplateError
-from edge_llm.text.chat import ChatTemplate, encode_chat
+from edge_llm.text.chat import ChatTemplate, checked_options, choose_template, encode_chat
 from edge_llm.text.tokenizer import Tokenizer
 
 Kind = Callable[[str], Tokenizer]
@@ -347,6 +348,107 @@ def test_content_may_be_none_or_missing() -> None:
     source = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
     messages: Messages = [{"role": "assistant", "content": None}, {"role": "assistant"}]
     assert ChatTemplate(source).render(messages) == "".join(map(json.dumps, messages))
+
+
+NAMED = {"default": "D", "tool_use": "T", "rag": "R"}
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"name": "f"}]])
+@pytest.mark.parametrize("name", [None, "default", "tool_use", "rag"])
+@pytest.mark.parametrize("known", [("default", "tool_use", "rag"), ("default",), ("rag",)])
+def test_of_several_templates_the_one_is_chosen_that_transformers_chooses(
+    known: tuple[str, ...], name: str | None, tools: Any, tokenizer_source: Source
+) -> None:
+    templates = {one: NAMED[one] for one in known}
+    tokenizer = theirs(tokenizer_source("byte_level"))
+    tokenizer.chat_template = templates
+    try:
+        if name is None or name in templates:
+            expected = tokenizer.get_chat_template(name, tools)
+            assert choose_template(templates, name, tools=tools) == expected
+            return
+    except ValueError:
+        pass
+    finally:
+        tokenizer.chat_template = None
+    with pytest.raises(ChatTemplateError, match=f"no chat template '{name or 'default'}'"):
+        choose_template(templates, name, tools=tools)
+
+
+def test_options_of_a_template_are_names_that_are_no_arguments() -> None:
+    assert checked_options(None) == {}
+    assert checked_options({"enable_thinking": False}) == {"enable_thinking": False}
+    cases: list[Any] = ["x", [1], {1: 2}, {"messages": []}, {"continue_final_message": True}]
+    for wrong in cases:
+        with pytest.raises(ArgumentError, match="template_options"):
+            checked_options(wrong)
+
+
+@given(content=hostile.filter(str.strip), name=st.sampled_from(["chatml", "llama3"]))
+def test_a_continued_message_ends_the_tokens(
+    content: str, name: str, small_tokenizer: Kind
+) -> None:
+    tokenizer = small_tokenizer("byte_level")
+    messages = conversation("the", content)
+    ids = encode_chat(tokenizer, template(name), messages, continue_final_message=True)
+    calm = encode_chat(
+        tokenizer, template(name), conversation("the", "x"), continue_final_message=True
+    )
+    special = {t.content for t in tokenizer.control_tokens.values() if t.special}
+    found, expected = ([c for c in controls(tokenizer, i) if c in special] for i in (ids, calm))
+    assert found == expected
+    text = template(name).render(messages, continue_final_message=True)
+    assert text.rstrip().endswith(content.split("</think>")[-1].strip())
+
+
+def test_a_template_may_know_transformers_mark_of_the_end(tokenizer_source: Source) -> None:
+    source = (
+        "{% set tag = 'CONTINUE_FINAL_MESSAGE_TAG ' %}{% for m in messages %}"
+        "{{ m.content[:-27] ~ '()' ~ tag if m.content.endswith(tag) else m.content }};{% endfor %}"
+    )
+    messages = conversation("CONTINUE_FINAL_MESSAGE_TAG x", "call")
+    expected = theirs(tokenizer_source("byte_level")).apply_chat_template(
+        messages, chat_template=source, tokenize=False, continue_final_message=True
+    )
+    assert template_of(source).render(messages, continue_final_message=True) == expected
+    assert expected.endswith(";call()")
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    messages = conversation("x", "y")
+    with pytest.raises(ArgumentError, match="add_generation_prompt"):
+        template("chatml").render(messages, add_generation_prompt=True, continue_final_message=True)
+    for content in (None, [], [{"type": "image"}]):
+        messages[1]["content"] = content
+        with pytest.raises(ArgumentError, match=r"messages\[1\]\['content'\]"):
+            template("chatml").render(messages, continue_final_message=True)
+    thought = conversation("x", "<think>a</think>b")
+    with pytest.raises(ChatTemplateError, match="leaves out the final message"):
+        template("chatml").render(thought, continue_final_message=True)
+
+
+def test_a_model_answers_with_the_templates_options(tiny_llm: LLM) -> None:
+    def light(on: bool) -> None:
+        """Switches the light.
+
+        Args:
+            on: Whether on
+        """
+
+    messages = conversation("Hello", "Once upon")
+    continued = tiny_llm.apply_chat_template(messages, continue_final_message=True)
+    assert tiny_llm.detokenize(continued).endswith("Once upon")
+    options: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
+    answer = tiny_llm.chat(messages, continue_final_message=True, **options)
+    assert answer.tokens == tiny_llm.generate(continued, **options).tokens
+    streamed = tiny_llm.stream_chat(
+        messages, continue_final_message=True, tools=[light], template_options={"a": 1}, **options
+    )
+    assert "".join(chunk.text for chunk in streamed) == answer.text
+    with pytest.raises(ArgumentError, match="template_options"):
+        tiny_llm.chat(messages, template_options={"tools": []})
+    with pytest.raises(ChatTemplateError, match="It has: default"):
+        tiny_llm.chat(messages, template="tool_use")
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
