@@ -107,12 +107,11 @@ def load_model(arguments: argparse.Namespace) -> LLM:
     """Load the model that ``-m`` names, or the built-in one."""
     from edge_llm.llm import LLM
 
+    load: Callable[..., LLM] = LLM.builtin
     if arguments.model is not None:
         load = functools.partial(LLM, arguments.model, variant=arguments.variant)
     elif arguments.variant is not None:
         raise ArgumentError("variant", "left out with the built-in model", arguments.variant)
-    else:
-        load = LLM.builtin
     return load(context=arguments.context, threads=arguments.threads, verify=arguments.verify)
 
 

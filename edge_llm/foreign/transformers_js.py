@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_llm.errors import ArgumentError, UnsupportedFormatError
 from edge_llm.foreign.found import Found, positive
 from edge_llm.huggingface.files import MULTIMODAL, read_json
+from edge_llm.runtime.device import cpu_features
 
-__all__ = ["CONFIG", "find_graphs", "read_transformers_js"]
+__all__ = ["CONFIG", "find_graphs", "preference", "read_transformers_js"]
 
 CONFIG = "config.json"
 
 # Decoding waits for the weights, so fewer bits are faster, as long as a kernel computes with them
 # as they are: 4 bits in blocks, then 8. bnb4 is unpacked to float32 at every step, and float16
 # arithmetic is emulated on most CPUs.
-_PREFERENCE = ("q4", "int8", "quantized", "uint8", "fp32", "bnb4", "q4f16", "fp16")
+_EIGHTS = ("int8", "quantized", "uint8")
+_OTHERS = ("fp32", "bnb4", "q4f16", "fp16")
 _WHOLE = "fp32"
 _FOLDERS = ("onnx", "")
 _GRAPHS = ("model", "decoder_model_merged")
@@ -34,6 +37,22 @@ _WORDS = {
 }
 
 
+def preference(
+    machine: str = platform.machine(), features: Collection[str] | None = None
+) -> tuple[str, ...]:
+    """Variants, the fastest on a CPU first.
+
+    Args:
+        machine: The processor's kind, as :func:`platform.machine` calls it.
+        features: Its instruction sets; by default this one's.
+    """
+    features = cpu_features() if features is None else features
+    # ARM's 4-bit kernels need products of bytes: a Cortex-A72 computes in float32 instead. Only
+    # Linux tells the features; it says "aarch64", and others run on newer processors.
+    slow = machine == "aarch64" and "asimddp" not in features
+    return (*_EIGHTS, "q4", *_OTHERS) if slow else ("q4", *_EIGHTS, *_OTHERS)
+
+
 def find_graphs(folder: Path) -> dict[str, str]:
     """Paths inside the folder of the graphs of a decoder, by variant, the best for a CPU first."""
     for inner in _FOLDERS:
@@ -43,7 +62,7 @@ def find_graphs(folder: Path) -> dict[str, str]:
                 if found := re.fullmatch(rf"{stem}(?:_(.+))?\.onnx", path.name):
                     names[found[1] or _WHOLE] = path.relative_to(folder).as_posix()
             if names:
-                known = [name for name in _PREFERENCE if name in names]
+                known = [name for name in preference() if name in names]
                 return {name: names[name] for name in dict.fromkeys([*known, *names])}
     return {}
 

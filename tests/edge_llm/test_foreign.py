@@ -30,6 +30,7 @@ from edge_llm.errors import (
     IntegrityError,
     UnsupportedFormatError,
 )
+from edge_llm.foreign.transformers_js import preference
 from edge_llm.importing import import_folder
 from edge_llm.manifest import TensorQuantization
 from edge_llm.runtime.session import import_onnxruntime
@@ -238,6 +239,14 @@ def test_the_fastest_variant_is_the_default_and_another_has_to_be_there(
     assert "(quantized, uint8, bnb4, q4f16, fp16, zz)" in caught.value.domain
 
 
+def test_the_default_is_what_the_processor_has_kernels_for() -> None:
+    assert preference("x86_64", ["avx2"])[:2] == ("q4", "int8")
+    assert preference("aarch64", ["asimddp"])[:2] == ("q4", "int8")
+    assert preference("arm64", [])[:2] == ("q4", "int8")
+    assert preference("aarch64", [])[:4] == ("int8", "quantized", "uint8", "q4")  # Cortex-A72
+    assert preference()[-1] == "fp16"
+
+
 def test_a_merged_decoder_is_found(gpt2: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(gpt2, tmp_path / "merged")
     (folder / "model.onnx").rename(folder / "decoder_model_merged_q4.onnx")
@@ -428,6 +437,15 @@ def rename(old: str, new: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def retype(name: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for one in (*model.graph.input, *model.graph.output):
+            if name in one.name:
+                one.type.tensor_type.elem_type = TensorProto.BFLOAT16
+
+    return change
+
+
 def relocate(location: str) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         for tensor in model.graph.initializer:
@@ -525,20 +543,12 @@ GENAI: dict[str, tuple[Change, type[BundleError], str]] = {
     ),
     "no logits": (graph(rename("logits", "scores")), UnsupportedFormatError, "no output 'logits'"),
     "bfloat16": (
-        graph(
-            lambda m: [
-                setattr(one.type.tensor_type, "elem_type", TensorProto.BFLOAT16)
-                for one in (*m.graph.input, *m.graph.output)
-                if "key" in one.name
-            ]
-        ),
+        graph(retype("key")),
         UnsupportedFormatError,
         r"'past_key_values\.0\.key' is bfloat16",
     ),
     "bfloat16 logits": (
-        graph(
-            lambda m: setattr(m.graph.output[0].type.tensor_type, "elem_type", TensorProto.BFLOAT16)
-        ),
+        graph(retype("logits")),
         UnsupportedFormatError,
         r"'logits' \(bfloat16\)",
     ),

@@ -68,7 +68,7 @@ def small_model() -> onnx.ModelProto:
         helper.make_tensor("longs", TensorProto.INT64, [1], [-1]),
         helper.make_tensor("doubles", TensorProto.DOUBLE, [], [0.5]),
         helper.make_tensor("fours", TensorProto.INT4, [3], [1, -2, 3]),
-        helper.make_tensor("texts", TensorProto.STRING, [2], [b"a", b"bc"]),
+        numpy_helper.from_array(np.array(["a", "bc"], object), "texts"),
         numpy_helper.from_array(np.zeros((0, 5), np.uint8), "nothing"),
     ]
     output = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 400])
@@ -170,7 +170,8 @@ def test_element_types_are_those_of_onnx() -> None:
 
 
 def first(model: onnx.ModelProto) -> onnx.TensorProto:
-    return model.graph.initializer[0]
+    tensor: onnx.TensorProto = model.graph.initializer[0]
+    return tensor
 
 
 def entry(key: str, value: str, *, tensor: int = 1) -> Change:

@@ -329,7 +329,8 @@ def test_a_step_leaves_nothing_behind(open_graph: OpenGraph) -> None:
             sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert max(sizes[20:]) - sizes[19] < 1_000
+    # Garbage comes and goes; what a step leaves behind would be there at the lowest points too.
+    assert min(sizes[30:]) - min(sizes[10:20]) < 2_000
 
 
 def test_chunks_are_bounded_by_the_logits_of_all_their_tokens(

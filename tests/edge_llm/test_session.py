@@ -191,8 +191,9 @@ def test_a_session_computes_on_the_threads_it_was_given(tiny_bundle: Path) -> No
 def test_an_operator_that_is_not_there_is_named(
     operator: str, domain: str, inputs: int, shown: str, tmp_path: Path
 ) -> None:
-    settings = {"groups": 1, "activation": 0} if operator == "GroupNorm" else {}
-    node = helper.make_node(operator, ["x"] * inputs, ["y"], domain=domain, **settings)
+    node = helper.make_node(operator, ["x"] * inputs, ["y"], domain=domain)
+    if operator == "GroupNorm":
+        node.attribute.extend([helper.make_attribute(one, 1) for one in ("groups", "activation")])
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     opsets = [helper.make_opsetid(one, 1) for one in {"com.microsoft", domain or "com.microsoft"}]
     graph = helper.make_graph([node], "g", [x], [y])

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from edge_llm import LLM
 from edge_llm.builtin import BUNDLE
+from edge_llm.manifest import Manifest
 from edge_llm_export.builtin.answer import parse
 from edge_llm_export.builtin.bundle import export_builtin
 from edge_llm_export.builtin.evaluation import exact_match, held_out_split
@@ -46,11 +47,11 @@ def test_the_bundle_is_the_checkpoints_export(tmp_path: Path) -> None:
     for name, value in shipped.items():
         np.testing.assert_array_equal(value, again[name], err_msg=name)
     one, two = (
-        json.loads((folder / "manifest.json").read_text())
+        Manifest.from_json((folder / "manifest.json").read_text())
         for folder in (BUNDLE, tmp_path / "again")
     )
     for key in ("dims", "tokens", "sampling", "quantization", "chat", "decoder"):
-        assert one[key] == two[key], key
+        assert getattr(one, key) == getattr(two, key), key
 
 
 def test_sizes() -> None:
