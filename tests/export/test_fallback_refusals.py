@@ -226,7 +226,8 @@ def test_nothing_but_weights_and_sizes_is_loaded(
     """Code, kernels, adapters and pickles beside the weights are not looked at, nor the network."""
     (checkpoint / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
-    edit(checkpoint, auto_map=code, attn_implementation="nobody/kernel", _name_or_path="no/body")
+    kernel = {"attn_implementation": "no/body", "_attn_implementation_internal": "no/body"}
+    edit(checkpoint, auto_map=code, _name_or_path="no/body", **kernel)
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "nobody/base"}
     (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
@@ -357,3 +358,13 @@ def test_sizes_that_have_other_names() -> None:
     sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 77, "vocab_size": 50}
     model = read_model({"model_type": "mpt", "expansion_ratio": 4, **sizes})
     assert (model.hidden, model.heads, model.intermediate, model.context) == (32, 2, 128, 77)
+
+
+def test_longrope_is_traced_with_its_short_factors_so_it_ends_where_they_do() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}
+    lengths = {"max_position_embeddings": 1000, "original_max_position_embeddings": 100}
+    factors = [1.0] * 8
+    rope = {"type": "longrope", "short_factor": factors, "long_factor": factors}
+    settings = {"model_type": "phi3", "pad_token_id": None, **sizes, **lengths}
+    assert read_model(settings).context == 1000
+    assert read_model(settings | {"rope_scaling": rope}).context == 100
