@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import operator
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any, SupportsIndex
 import tokenizers
 
 from edge_llm.errors import ArgumentError, IntegrityError
+from edge_llm.text.growth import check_growth
 
 __all__ = ["Tokenizer"]
+
+LARGEST_FILE = 1 << 28  # bytes; eight times Gemma's, the largest of the well-known
 
 
 class Tokenizer:
@@ -35,18 +39,28 @@ class Tokenizer:
 
     Raises:
         ArgumentError: `bos` or `eos` is no id of this tokenizer, or `add_bos` lacks a `bos`.
-        IntegrityError: The source is no tokenizer.json.
+        IntegrityError: The source is no tokenizer.json, is made to fill the memory, or has more
+            tokens than the model.
     """
 
     def __init__(
         self, source: str, *, bos: int | None, eos: Sequence[int], add_bos: bool, vocab: int = 0
     ) -> None:
-        try:
-            self._full = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises nothing narrower
-            raise IntegrityError(f"tokenizer.json cannot be read: {error}.") from error
+        with _panics_are_errors():
+            try:
+                self._full = tokenizers.Tokenizer.from_str(source)
+            except Exception as error:  # the library raises nothing narrower
+                raise IntegrityError(f"tokenizer.json cannot be read: {error}.") from error
+        check_growth(self._full)
         self._full.no_truncation()
         self._full.no_padding()
+        # Some tokenizers add more tokens than the model has (Gemma 3 adds one for images).
+        own = max(self._full.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if vocab and own > vocab:
+            raise IntegrityError(
+                f"tokenizer.json has a vocabulary of {own} tokens, but the model knows {vocab}.",
+                "It belongs to another model: take the one that belongs to the weights.",
+            )
         ids = self._full.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(max(ids, default=-1) + 1, vocab)
         """One more than the highest id."""
@@ -97,6 +111,11 @@ class Tokenizer:
             IntegrityError: The file is missing or is no tokenizer.json.
         """
         try:
+            if (size := Path(path).stat().st_size) > LARGEST_FILE:
+                raise IntegrityError(
+                    f"{path} has {size} bytes; at most {LARGEST_FILE} are read.",
+                    "It is no tokenizer.json.",
+                )
             source = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise IntegrityError(f"{path} cannot be read: {error}.") from error
@@ -189,7 +208,8 @@ class Tokenizer:
             ArgumentError: An id is outside the vocabulary.
         """
         ids = [self._id("tokens", token) for token in tokens]
-        return str(self._full.decode(ids, skip_special_tokens=skip_special))
+        with _panics_are_errors():
+            return str(self._full.decode(ids, skip_special_tokens=skip_special))
 
     def token_string(self, token: SupportsIndex, *, skip_special: bool = True) -> str | None:
         """What the decoder is given for an id, before it makes text of it.
@@ -235,7 +255,8 @@ class Tokenizer:
     @staticmethod
     def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
-            return tokenizer.encode(text, add_special_tokens=False)
+            with _panics_are_errors():
+                return tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             domain = "a string without lone surrogates (text that UTF-8 can hold)"
             raise ArgumentError("text", domain, text) from None
@@ -265,6 +286,19 @@ class Tokenizer:
         library.add_special_tokens([sentinel])
         own = {library.token_to_id(self.added_tokens[token].content): token for token in texts}
         return _Twin(library, library.token_to_id(self._sentinel), own)
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Where the library's Rust gives up, on a regular expression without end for example."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's, which no module exports
+            raise
+        raise IntegrityError(
+            f"tokenizer.json cannot be used on this: {error}.", "The file is broken."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

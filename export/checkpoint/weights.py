@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CHUNK = 1 << 18  # elements converted at a time: they stay in the second-level cache
+# A file of the folder, on any system; the longest name that file systems take has 255 bytes.
+_SHARD = re.compile(r"[^/\\:\0]{1,240}\.safetensors")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 _FETCH_AGAIN = "Download the checkpoint again."
 
@@ -232,7 +235,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{path} has no weight_map.", _FETCH_AGAIN)
     for shard in shards.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise CheckpointError(
                 f"{path} names {shard!r}, which is not a file of the folder.", _FETCH_AGAIN
             )
@@ -265,7 +268,7 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, _Tensor]:
             pass
         file = files.enter_context(path.open("rb", buffering=0))
         size = int.from_bytes(file.read(8), "little")
-        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+        header: dict[str, dict[str, Any]] = json.loads(file.read(size), object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} lacks {path.name}, which {INDEX} names.", _FETCH_AGAIN
@@ -287,6 +290,14 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, _Tensor]:
         )
         for name, entry in header.items()
     }
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; of two tensors of one name, readers differ in which they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return content
 
 
 def _read_floats(tensor: _Tensor, skip: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
