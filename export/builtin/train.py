@@ -38,7 +38,7 @@ class Recipe:
         rates: The learning rate by chunks into the run: corners of a broken line.
         warmup: Steps of linear warm-up.
         stages: The chunks at which the mixture goes on to its next shares.
-        choosing: The chunks between which a step trains on the hardest of `choice` times as many
+        choosing: From and to which chunks a step trains on the hardest of `choice` times as many
             samples. Most samples are answered without doubt by then and teach nothing.
         choice: Samples looked at for one trained on.
         weight_decay: On matrices; none on the embedding and on norms.
@@ -58,10 +58,13 @@ class Recipe:
         (132, 2.5e-3),
         (185, 2.5e-3),
         (235, 0.0),
+        (236, 1.2e-3),
+        (252, 1.2e-3),
+        (275, 0.0),
     )
     warmup: int = 60
-    stages: tuple[int, ...] = (57, 114, 130)
-    choosing: tuple[int, int] = (130, 215)
+    stages: tuple[int, ...] = (57, 114, 130, 235)
+    choosing: tuple[tuple[int, int], ...] = ((130, 215), (235, 270))
     choice: int = 4
     weight_decay: float = 0.05
     seed: int = 20_000
@@ -199,7 +202,7 @@ class Trainer:
         recipe, began, losses = self.recipe, time.monotonic(), []
         seed = recipe.seed + 1 + self.next_chunk
         stage = sum(self.next_chunk >= start for start in recipe.stages)
-        choosing = recipe.choosing[0] <= self.next_chunk < recipe.choosing[1]
+        choosing = any(start <= self.next_chunk < end for start, end in recipe.choosing)
         wider = recipe.choice if choosing else 1
         batches = list(
             chunk(

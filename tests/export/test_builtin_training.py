@@ -89,7 +89,7 @@ def test_an_interrupted_run_gives_the_same_weights(
         rates=((0, 1e-3), (1, 1e-3), (3, 0.0)),
         warmup=2,
         stages=(2,),
-        choosing=(1, 3),
+        choosing=((1, 3),),
         choice=2,
     )
     weights = []
