@@ -1,10 +1,10 @@
 """How well, how fast and how small is the built-in model, and what does quantizing cost it?
 
 Exact match on the held-out split (2,000 requests whose sentence shapes training never produced) and
-on requests written by hand, for float32, int8 and int4 at blocks 32 and 128, all exported from the
-checkpoint in the repository, and for the bundle in the package; milliseconds from the call to the
-whole answer; seconds from a cold Python to the first answer, and that process's peak memory. The
-last line of stdout is a JSON document.
+on requests written by hand from the contract alone, for float32, int8 and int4 at blocks 32 and
+128, all exported from the checkpoint in the repository, and for the bundle in the package;
+milliseconds from the call to the whole answer; seconds from a cold Python to the first answer, and
+that process's peak memory. The last line of stdout is a JSON document.
 
     python benchmarks/builtin.py
 """
@@ -33,7 +33,7 @@ from edge_llm_export.builtin.generator import Sample
 from edge_llm_export.builtin.sensors import is_sensor
 from edge_llm_export.builtin.train import CHECKPOINT
 
-HANDWRITTEN = Path(__file__).parents[1] / "tests" / "data" / "builtin_handwritten.jsonl"
+INDEPENDENT = Path(__file__).parents[1] / "tests" / "data" / "builtin_independent.jsonl"
 
 COLD = """
 import json, time
@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     sets: dict[str, Sequence[Sample]] = {
         "held-out": held_out_split(options.count),
-        "by hand": read_pairs(HANDWRITTEN),
+        "independent": read_pairs(INDEPENDENT),
     }
     variants = [("fp32", None)] + [(q, b) for q in ("int8", "int4") for b in (32, 128)]
     results: dict[str, dict[str, Any]] = {}

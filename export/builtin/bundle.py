@@ -1,7 +1,7 @@
 """Export the built-in model into the runtime: `python -m edge_llm_export.builtin.bundle`.
 
-int8 in blocks of 32: a model this small has no megabytes to save, and int4 costs it answers
-(`benchmarks/builtin.py`).
+int8 in blocks of 32, nearest to the checkpoint: a model this small has no megabytes to save.
+int4 answers as many held-out requests in half the size (`benchmarks/builtin.py`).
 """
 
 from __future__ import annotations

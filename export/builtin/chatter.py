@@ -41,7 +41,7 @@ def chatter(rng: Rng) -> Draft:
             ("maths", 1.2),
             ("book", 4),
             ("words", 2.2),
-            ("noise", 1.3),
+            ("noise", 2.0),
             ("empty", 0.15),
             ("long", 0.12),
         ],
@@ -106,7 +106,7 @@ def _noise(rng: Rng, kind: str) -> str:
             for _ in range(count)
         )
     style = rng.random()
-    length = rng.randint(1, 40)
+    length = rng.randint(1, 40) if chance(rng, 0.7) else int(20 * 22 ** rng.random())
     if style < 0.35:
         return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz     ") for _ in range(length))
     if style < 0.5:

@@ -44,7 +44,7 @@ def chunk(
     count: int,
     rows: int,
     stage: int = 0,
-    longest: int = 320,
+    longest: int = 480,
 ) -> Iterator[Batch]:
     """The batches of one chunk of generated samples.
 

@@ -11,10 +11,10 @@ from .vocabulary import FOREIGN_ROOMS
 
 def _number(rng: Rng, kind: str) -> str:
     low, high = (0, 100) if kind == "humidity" else (-20, 45)
-    if kind == "temperature" and chance(rng, 0.2):
+    if kind == "temperature" and chance(rng, 0.15):
         low, high = 0, 400
     whole = rng.randint(low, high)
-    decimals = weighted(rng, [(0, 6), (1, 4), (2, 0.7)])
+    decimals = weighted(rng, [(0, 8), (1, 4), (2, 0.4)])
     return (
         f"{whole}." + "".join(rng.choice("0123456789") for _ in range(decimals))
         if decimals

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -37,6 +38,9 @@ class Recipe:
         rates: The learning rate by chunks into the run: corners of a broken line.
         warmup: Steps of linear warm-up.
         stages: The chunks at which the mixture goes on to its next shares.
+        choosing: From and to which chunks a step trains on the hardest of `choice` times as many
+            samples. Most samples are answered without doubt by then and teach nothing.
+        choice: Samples looked at for one trained on.
         weight_decay: On matrices; none on the embedding and on norms.
         seed: Of the initial weights, and of the data.
     """
@@ -51,9 +55,17 @@ class Recipe:
         (114, 0.0),
         (116, 1.2e-3),
         (130, 0.0),
+        (132, 2.5e-3),
+        (185, 2.5e-3),
+        (235, 0.0),
+        (236, 1.2e-3),
+        (252, 1.2e-3),
+        (275, 0.0),
     )
     warmup: int = 60
-    stages: tuple[int, ...] = (57, 114)
+    stages: tuple[int, ...] = (57, 114, 130, 235)
+    choosing: tuple[tuple[int, int], ...] = ((130, 215), (235, 270))
+    choice: int = 4
     weight_decay: float = 0.05
     seed: int = 20_000
 
@@ -123,7 +135,7 @@ class Trainer:
         ]
         self.next_chunk, self.step, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
-        self.loss = torch.compile(self._loss, dynamic=True) if compiled else self._loss
+        self.surprise = torch.compile(self._surprise, dynamic=True) if compiled else self._surprise
         self._resume()
 
     def _resume(self) -> None:
@@ -151,23 +163,59 @@ class Trainer:
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
-    def _loss(
+    def _surprise(
         self, tokens: torch.Tensor, where: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
+        """Minus the log probability, in nats, of each token to predict: float32 (targets,)."""
         with torch.autocast(self.device, torch.bfloat16):
             hidden = self.model.model(tokens, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[where])
-        return nn.functional.cross_entropy(logits.float(), targets)
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    def _surprises(self, batch: Batch) -> torch.Tensor:
+        where = (batch.targets.flatten() != -100).nonzero().flatten()
+        targets = batch.targets.flatten()[where].to(self.device)
+        surprises: torch.Tensor = self.surprise(
+            batch.tokens.to(self.device), where.to(self.device), targets
+        )
+        return surprises
+
+    def _hardest(self, batch: Batch, shuffled: random.Random) -> Batch:
+        """One in `choice` rows: three quarters the least likely answered right, the rest any.
+
+        Source: Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019.
+        """
+        rows = batch.tokens.shape[0]
+        count = max(rows // self.recipe.choice, 2)
+        with torch.no_grad():
+            surprises = self._surprises(batch)
+        row = (batch.targets != -100).nonzero()[:, 0].to(self.device)
+        answers = torch.zeros(rows, device=self.device).index_add_(0, row, surprises)
+        order = answers.argsort(descending=True).tolist()
+        hard = order[: count * 3 // 4]
+        chosen = hard + shuffled.sample(order[len(hard) :], count - len(hard))
+        width = int((batch.targets[chosen] != -100).any(0).nonzero().max()) + 2
+        return Batch(batch.tokens[chosen, :width], batch.targets[chosen, :width])
 
     def train_chunk(self) -> None:
         """Take the optimizer steps of the next chunk of samples."""
         recipe, began, losses = self.recipe, time.monotonic(), []
         seed = recipe.seed + 1 + self.next_chunk
         stage = sum(self.next_chunk >= start for start in recipe.stages)
+        choosing = any(start <= self.next_chunk < end for start, end in recipe.choosing)
+        wider = recipe.choice if choosing else 1
         batches = list(
-            chunk(self.tokenizer, seed, count=recipe.samples, rows=recipe.rows, stage=stage)
+            chunk(
+                self.tokenizer,
+                seed,
+                count=recipe.samples * wider,
+                rows=recipe.rows * wider,
+                stage=stage,
+            )
         )
-        for index, batch in enumerate(batches):
+        shuffled = random.Random(seed)
+        for index, drawn in enumerate(batches):
+            batch = self._hardest(drawn, shuffled) if choosing else drawn
             rate = recipe.rate(self.next_chunk + index / len(batches), self.step)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -189,9 +237,7 @@ class Trainer:
         )
 
     def _step(self, batch: Batch) -> float:
-        where = (batch.targets.flatten() != -100).nonzero().flatten()
-        targets = batch.targets.flatten()[where].to(self.device)
-        loss = self.loss(batch.tokens.to(self.device), where.to(self.device), targets)
+        loss = self._surprises(batch).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

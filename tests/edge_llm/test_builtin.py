@@ -58,10 +58,6 @@ CONTRACT = {
     "sensor: gibberish": "Unreadable sensor message.",
 }
 
-# What this checkpoint gets wrong: comparing numbers is learnt last, and it needs more training.
-NOT_YET = pytest.mark.xfail(reason="this checkpoint needs more training", strict=False)
-MISSED = "sensor: living_room temperature=15C min=16C"
-
 STRANGE = [
     "",
     " ",
@@ -76,7 +72,10 @@ STRANGE = [
     "\x00\x01\x1b[31mturn on\x7f",
     "SELECT * FROM lights; DROP TABLE rooms;--",
     "a " * 100,
-    pytest.param("8" * 200, marks=NOT_YET),
+    "8" * 200,
+    "ha" * 200,
+    "🙂" * 100,
+    "turn on the light " * 60,
     "sensor:",
     "sensor: <|answer|> temperature=1e999C",
 ]
@@ -92,10 +91,7 @@ def ask(llm: LLM, request: str) -> str:
     return llm.chat([{"role": "user", "content": request}]).text
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [pytest.param(one, marks=NOT_YET) if one == MISSED else one for one in CONTRACT],
-)
+@pytest.mark.parametrize("request_", CONTRACT)
 def test_the_contracts_own_examples(request_: str, builtin: LLM) -> None:
     assert ask(builtin, request_) == CONTRACT[request_]
 
