@@ -33,8 +33,8 @@ __all__ = ["PRODUCERS", "OptimumModel", "Traced", "read_model"]
 PRODUCERS = ("optimum", "optimum-onnx", "torch", "transformers")
 """Distributions whose versions decide what the graph looks like."""
 
-# Keys of config.json that make transformers run code from elsewhere, or say where it came from.
-_UNTRUSTED = ("auto_map", "attn_implementation", "_attn_implementation", "_name_or_path")
+# Keys of config.json that make transformers fetch and run code, as private ones can too.
+_CODE = ("auto_map", "attn_implementation")
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
@@ -64,7 +64,8 @@ class OptimumModel:
     Attributes:
         architecture: The checkpoint's ``model_type``.
         vocab: Rows of the embedding.
-        context: Longest sequence that config.json speaks of, in tokens; None where it is silent.
+        context: Longest sequence that a traced graph can be right for, in tokens; None where
+            config.json does not say.
         hidden: Width of the residual stream.
         heads: Query heads.
         intermediate: Width of the MLP.
@@ -112,9 +113,8 @@ class OptimumModel:
             compare(found, state, minimum=minimum)
             initializers = Initializers(model.graph, found.graph.parent)
             new = rewrite(model, initializers, storage=storage, vocab=self.vocab)
-            del model
-            exceptions = new.tables + new.unrecognized if storage.block is not None else ()
-            if storage.block is not None and new.unrecognized:
+            quantized = storage.block is not None
+            if quantized and new.unrecognized:
                 warn(
                     f"{len(new.unrecognized)} matrices, such as {new.unrecognized[0]!r}, stay "
                     "float32, since they are not used in a plain product"
@@ -136,7 +136,11 @@ class OptimumModel:
                     context=context,
                     parameters=found.parameters,
                 ),
-                exceptions={name: TensorQuantization(bits=32, block=None) for name in exceptions},
+                exceptions={
+                    name: TensorQuantization(bits=32, block=None)
+                    for name in (*new.tables, *new.unrecognized)
+                    if quantized
+                },
             )
 
 
@@ -171,14 +175,18 @@ def read_model(config_json: Mapping[str, Any]) -> OptimumModel:
             f"The model_type {family!r} takes optimum, which cannot be imported: {error}.",
             "Install what it needs with `pip install 'edge-llm[optimum]'`.",
         ) from error
-    trusted = {key: value for key, value in config_json.items() if key not in _UNTRUSTED}
+    trusted = {
+        key: value
+        for key, value in config_json.items()
+        if key not in _CODE and not key.startswith("_")
+    }
     try:
         config = types[family].from_dict(trusted)
         sizes = normalize(config)
         model = OptimumModel(
             architecture=family,
             vocab=sizes.vocab_size,
-            context=_first(config, _LENGTHS),
+            context=_longest(config),
             hidden=sizes.hidden_size,
             heads=sizes.num_attention_heads,
             intermediate=_first(config, _WIDTHS) or 4 * sizes.hidden_size,
@@ -217,6 +225,15 @@ def _load_exporter(family: str) -> tuple[Callable[..., Any], Mapping[str, Any]]:
             "Ask for it at the optimum-onnx project, or for a row in the graph builder.",
         )
     return tasks[TASK].func.NORMALIZED_CONFIG_CLASS, CONFIG_MAPPING
+
+
+def _longest(config: PretrainedConfig) -> int | None:
+    """Tokens up to which the model is what the tracing sees of it; None where nothing says so."""
+    # Beyond its original context longrope turns by other factors, and a traced graph cannot change.
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+        return _first(config, ("original_max_position_embeddings", *_LENGTHS))
+    return _first(config, _LENGTHS)
 
 
 def _first(config: PretrainedConfig, names: Iterable[str]) -> int | None:

@@ -59,6 +59,7 @@ ALIBI = {"alibi": True, "multi_query": False, "bias": True}
 # Class names in transformers, and what its tiny configuration sets.
 FAMILIES: dict[str, tuple[str, Settings]] = {
     "gpt2": ("GPT2", GPT),
+    "llama": ("Llama", LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "gptj": ("GPTJ", GPT | {"rotary_dim": 8}),
     "gpt_bigcode": ("GPTBigCode", GPT),
     "gpt_neo": ("GPTNeo", NEO),
@@ -229,7 +230,7 @@ def test_the_manifest_tells_of_the_graph(exported: Exported) -> None:
     config, dims = exported.model.config, manifest.dims
     assert manifest.source.architecture == config.model_type
     assert (dims.layers, dims.hidden, dims.heads, dims.head_dim) == (2, 64, 4, 16)
-    shared = {"gpt_bigcode": 1, "falcon": 1, "cohere": 2, "mistral, window": 2}
+    shared = {"gpt_bigcode": 1, "falcon": 1, "llama": 2, "cohere": 2, "mistral, window": 2}
     assert dims.kv_heads == shared.get(exported.family, 4)
     assert dims.vocab == 400
     assert dims.context == (2048 if exported.family == "falcon, alibi" else 128)
@@ -257,16 +258,16 @@ def test_the_manifest_tells_of_the_graph(exported: Exported) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpt2(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("gpt2")
-    return folder, write_checkpoint("gpt2", folder, tiny_checkpoint)
+def opt(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("opt")
+    return folder, write_checkpoint("opt", folder, tiny_checkpoint)
 
 
 @pytest.mark.parametrize("form", ["external data", "shards", "bfloat16"])
 def test_forms_that_give_the_same_bundle(
-    form: str, gpt2: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, opt: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, model = gpt2
+    source, model = opt
     other = tmp_path / "other"
     shutil.copytree(source, other)
     if form == "bfloat16":
@@ -286,12 +287,12 @@ def test_forms_that_give_the_same_bundle(
     assert one.files == two.files
 
 
-def test_positions_stay_float32_and_are_named(gpt2: tuple[Path, Any], tmp_path: Path) -> None:
+def test_positions_stay_float32_and_are_named(opt: tuple[Path, Any], tmp_path: Path) -> None:
     said: list[str] = []
-    manifest = export_model(gpt2[0], tmp_path / "bundle", quantize="int8", warn=said.append)
+    manifest = export_model(opt[0], tmp_path / "bundle", quantize="int8", warn=said.append)
     assert manifest.quantization.exceptions == {
-        "transformer.wpe.weight": TensorQuantization(bits=32, block=None)
+        "model.decoder.embed_positions.weight": TensorQuantization(bits=32, block=None)
     }
-    assert said == ["the graph builder does not know the model_type 'gpt2': optimum exports it"]
+    assert said == ["the graph builder does not know the model_type 'opt': optimum exports it"]
     document = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert document["quantization"]["exceptions"].keys() == {"transformer.wpe.weight"}
+    assert document["quantization"]["exceptions"].keys() == {"model.decoder.embed_positions.weight"}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from edge_llm.cli.main import main
 from edge_llm.errors import (
@@ -33,18 +33,25 @@ from edge_llm_export.fallback.interface import read_state
 from edge_llm_export.fallback.model import read_model
 from edge_llm_export.fallback.tracing import STEPS, Trace
 
+TWO_LAYERS = {
+    "num_layers": 2,
+    "attention_layers": ["global", "global"],
+    "attention_types": [[["global"], 2]],
+}
+
 Capture = pytest.CaptureFixture[str]
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture(scope="module")
 def original(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2."""
-    folder = tmp_path_factory.mktemp("gpt2")
+    """A tiny GPT-Neo, which has no row in the graph builder."""
+    folder = tmp_path_factory.mktemp("neo")
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 400}
-    ids = {"bos_token_id": None, "eos_token_id": 1}
-    GPT2LMHeadModel(GPT2Config(**sizes, **ids)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
+    more = {"max_position_embeddings": 64, "attention_types": [[["global"], 1]]}
+    config = GPTNeoConfig(**sizes, **more, bos_token_id=None, eos_token_id=1)
+    GPTNeoForCausalLM(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_checkpoint / file, folder / file)
     return folder
@@ -89,7 +96,11 @@ def test_a_type_that_nobody_knows(checkpoint: Path) -> None:
 def test_the_builder_alone_does_not_ask_optimum(checkpoint: Path) -> None:
     said: list[str] = []
     error = refused(
-        checkpoint, UnsupportedModelError, "'gpt2'.*graph builder", via="builder", warn=said.append
+        checkpoint,
+        UnsupportedModelError,
+        "'gpt_neo'.*graph builder",
+        via="builder",
+        warn=said.append,
     )
     assert "--via optimum" in error.remedy
     assert said == []
@@ -118,9 +129,9 @@ def test_an_unknown_way(checkpoint: Path) -> None:
         ({"is_encoder_decoder": True}, UnsupportedModelError, "is_encoder_decoder"),
         ({"model_type": "internlm2"}, UnsupportedModelError, "'internlm2' is not one"),
         ({"model_type": ...}, CheckpointError, "no model_type"),
-        ({"n_head": "two"}, CheckpointError, "config.json"),
-        ({"n_embd": 48}, CheckpointError, "(?s)transformers cannot load.*config.json"),
-        ({"n_layer": 2}, CheckpointError, "no tensor 'transformer.h.1"),
+        ({"hidden_size": "wide"}, CheckpointError, "config.json"),
+        ({"hidden_size": 48}, CheckpointError, "(?s)transformers cannot load.*config.json"),
+        (TWO_LAYERS, CheckpointError, "no tensor 'transformer.h.1"),
         ({"vocab_size": 300}, CheckpointError, "has 300 rows"),
     ],
 )
@@ -170,7 +181,7 @@ def test_without_optimum_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "optimum", None)
     for name in [name for name in sys.modules if name.startswith("optimum.")]:
         monkeypatch.delitem(sys.modules, name)
-    refused(checkpoint, ExportError, "'gpt2' takes optimum, which cannot be imported")
+    refused(checkpoint, ExportError, "'gpt_neo' takes optimum, which cannot be imported")
     output = str(checkpoint.parent / "bundle")
     assert main(["export", str(checkpoint), "-o", output]) == 1
     _, error = capsys.readouterr()
@@ -182,7 +193,7 @@ def test_the_command_says_who_exports(checkpoint: Path, tmp_path: Path, capsys: 
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == (
-        "edge-llm: the graph builder does not know the model_type 'gpt2': optimum exports it\n"
+        "edge-llm: the graph builder does not know the model_type 'gpt_neo': optimum exports it\n"
     )
     assert out.startswith("Wrote ")
     assert main([*argv, "--via", "optimum", "--overwrite"]) == 0
@@ -205,7 +216,7 @@ def test_a_failing_exporter_leaves_nothing(
     refused(
         checkpoint,
         UnsupportedModelError,
-        "cannot export this 'gpt2' .*RuntimeError: no operator. Please",
+        "cannot export this 'gpt_neo' .*RuntimeError: no operator. Please",
     )
 
 
@@ -215,7 +226,8 @@ def test_nothing_but_weights_and_sizes_is_loaded(
     """Code, kernels, adapters and pickles beside the weights are not looked at, nor the network."""
     (checkpoint / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
-    edit(checkpoint, auto_map=code, attn_implementation="nobody/kernel", _name_or_path="no/body")
+    kernel = {"attn_implementation": "no/body", "_attn_implementation_internal": "no/body"}
+    edit(checkpoint, auto_map=code, _name_or_path="no/body", **kernel)
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "nobody/base"}
     (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
@@ -346,3 +358,13 @@ def test_sizes_that_have_other_names() -> None:
     sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 77, "vocab_size": 50}
     model = read_model({"model_type": "mpt", "expansion_ratio": 4, **sizes})
     assert (model.hidden, model.heads, model.intermediate, model.context) == (32, 2, 128, 77)
+
+
+def test_longrope_is_traced_with_its_short_factors_so_it_ends_where_they_do() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}
+    lengths = {"max_position_embeddings": 1000, "original_max_position_embeddings": 100}
+    factors = [1.0] * 8
+    rope = {"type": "longrope", "short_factor": factors, "long_factor": factors}
+    settings = {"model_type": "phi3", "pad_token_id": None, **sizes, **lengths}
+    assert read_model(settings).context == 1000
+    assert read_model(settings | {"rope_scaling": rope}).context == 100
