@@ -184,49 +184,42 @@ class LayerBuilder:
         self, layer: int, path: str, packed: str, qk_norm: QKNormSpec
     ) -> tuple[str, str, str]:
         """Queries, keys and values apart, the first two normalized."""
-        spec, norm, padded = self.spec, qk_norm.norm, self.spec.padded_head_dim
-        queries, keys = spec.heads * padded, spec.kv_heads * padded
+        spec, padded = self.spec, self.spec.padded_head_dim
         # Entries that only pad a head count in its mean; gain and epsilon make up for it.
         share = spec.head_dim / padded
-        gains = [gain * np.float32(share**0.5) for gain in self._head_gains(layer, qk_norm)]
-        eps = norm.eps * share
-        if qk_norm.over == "projection":
-            query, key, value = self._split(f"{path}/Split", packed, "qkv", [queries, keys, keys])
-            query, key = (
-                self._normalize(
-                    f"{path}/{part}",
-                    norm,
-                    eps,
-                    [source, self.graph.constant(f"layers.{layer}.{part}", gain.reshape(-1))],
-                )
-                for part, source, gain in zip(
-                    ("q_norm", "k_norm"), (query, key), gains, strict=True
-                )
-            )
-            return query, key, value
-        # Queries and keys are heads of one size: one node normalizes them all.
-        both, value = self._split(f"{path}/Split", packed, "qk_v", [queries + keys, keys])
-        gain = self.graph.constant(f"layers.{layer}.qk_norm", np.concatenate(gains))
-        heads = self._reshape(f"{path}/qk_norm/Heads", both, [0, 0, -1, padded])
-        normed = self._normalize(f"{path}/qk_norm", norm, eps, [heads, gain])
-        flat = self._reshape(f"{path}/qk_norm/Flat", normed, [0, 0, -1])
-        query, key = self._split(f"{path}/qk_norm/Split", flat, "qk", [queries, keys])
-        return query, key, value
+        eps = qk_norm.norm.eps * share
 
-    def _head_gains(self, layer: int, qk_norm: QKNormSpec) -> list[NDArray[np.float32]]:
-        """Gains of queries and of keys, in the graph's order, each [heads, padded head_dim]."""
-        spec, names, size = self.spec, self.spec.names, self.spec.head_dim
+        def normalize(name: str, place: str, source: str, heads: int) -> str:
+            gain = self._head_gains(name, layer, heads, qk_norm) * np.float32(share**0.5)
+            constant = self.graph.constant(f"layers.{layer}.attn.{place}.weight", gain)
+            at = f"{path}/{place}"
+            if qk_norm.over == "projection":
+                return self._normalize(at, qk_norm.norm, eps, [source, constant])
+            apart = self._reshape(f"{at}/Heads", source, [0, 0, heads, padded])
+            normed = self._normalize(at, qk_norm.norm, eps, [apart, constant])
+            return self._reshape(f"{at}/Flat", normed, [0, 0, heads * padded])
+
+        sizes = [heads * padded for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        query, key, value = self._split(f"{path}/Split", packed, "qkv", sizes)
+        return (
+            normalize(spec.names.query_norm, "q_norm", query, spec.heads),
+            normalize(spec.names.key_norm, "k_norm", key, spec.kv_heads),
+            value,
+        )
+
+    def _head_gains(
+        self, name: str, layer: int, heads: int, qk_norm: QKNormSpec
+    ) -> NDArray[np.float32]:
+        """The gain in the graph's order: of one head, [heads, head_dim], or of the projection."""
+        spec, size = self.spec, self.spec.head_dim
+        each = qk_norm.over == "each_head"
+        stored = [
+            self._vector(f"{name.format(i=layer, h=h)}.weight") for h in range(heads if each else 1)
+        ]
+        gain = np.concatenate(stored).reshape(-1, size) + np.float32(qk_norm.norm.gain_offset)
         index = head_map(1, size, spec.padded_head_dim, width=self._turning(layer))
-        gains = []
-        for name, heads in ((names.query_norm, spec.heads), (names.key_norm, spec.kv_heads)):
-            stored = [
-                self._vector(f"{name.format(i=layer, h=h)}.weight")
-                for h in range(heads if qk_norm.over == "each_head" else 1)
-            ]
-            gain = np.concatenate(stored).reshape(-1, size) + np.float32(qk_norm.norm.gain_offset)
-            wide = np.where(index >= 0, gain[:, index], np.float32(0))
-            gains.append(np.broadcast_to(wide, (heads, spec.padded_head_dim)))
-        return gains
+        wide = np.where(index >= 0, gain[:, index], np.float32(0))
+        return wide if each else wide.reshape(-1)
 
     def _turning(self, layer: int) -> int:
         """Entries of a head that turn in this layer; of no use where none do."""

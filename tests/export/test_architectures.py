@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_llm.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
+from edge_llm_export import architectures
+from edge_llm_export.architectures.olmo2 import read_olmo2
 from edge_llm_export.architectures.registry import ARCHITECTURES, read_architecture
 from edge_llm_export.architectures.spec import DecoderSpec
 
@@ -285,3 +289,10 @@ def test_names_of_a_checkpoint_that_was_saved_without_its_head() -> None:
     bare = {name.removeprefix("transformer.") for name in tensors}
     assert spec.as_stored(bare).tensor_shapes().keys() == bare
     assert spec.as_stored({"odd"}) is spec, "the missing tensor is named as the family has it"
+
+
+def test_the_page_on_adding_a_family_shows_the_file_as_it_is() -> None:
+    page = textwrap.dedent(architectures.__doc__ or "")
+    shown = page[page.index("        def read_olmo2") : page.index("   Its defaults are")]
+    source = inspect.getsource(read_olmo2).replace('    """Read an ``Olmo2Config``."""\n', "")
+    assert source.strip() == textwrap.dedent(shown).strip()

@@ -223,6 +223,7 @@ def reference(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     return logits
 
 
+# Measured: below 1e-6. A GELU in place of its approximation by tanh is 5e-5.
 def relative_error(got: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     return float(np.abs(got - expected).max() / np.ptp(expected))
 
@@ -240,7 +241,7 @@ def test_float32_equals_transformers(
     for chunk in (len(PROMPT), 7):
         prompt = feed(decoder, PROMPT, chunk)
         steps = [decoder.step([token], scored=1).copy() for token in ANSWER]
-        assert relative_error(np.concatenate([prompt, *steps]), expected) < 1e-4
+        assert relative_error(np.concatenate([prompt, *steps]), expected) < 1e-5
 
 
 # What an engine makes of it must not depend on the family; these cover the layouts of the stream.
@@ -305,10 +306,10 @@ def test_rows_of_a_ragged_batch_are_those_alone(
     got = step(slice(0, 3), padded, news, pasts)
     for row in (0, 1):
         expected = reference(model, texts[row])[pasts[row] :]
-        assert relative_error(got[row, : news[row]], expected) < 1e-4
+        assert relative_error(got[row, : news[row]], expected) < 1e-5
     # The idle row stands as it was: its next token sees all of its past.
     alone = step(slice(2, 3), np.array([[5]]), [1], [12])
-    assert relative_error(alone[0], reference(model, np.append(texts[2], 5))[-1:]) < 1e-4
+    assert relative_error(alone[0], reference(model, np.append(texts[2], 5))[-1:]) < 1e-5
 
 
 # Heads of 16 and more are not padded by zeros, so blocks lie as in the checkpoint.
@@ -396,4 +397,4 @@ def test_half_precision_checkpoints_are_read_exactly(
     model = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     expected = reference(model, PROMPT)
     got = feed(open_decoder(tmp_path / "bundle"), PROMPT, len(PROMPT))
-    assert relative_error(got, expected) < 1e-4
+    assert relative_error(got, expected) < 1e-5
