@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -223,16 +223,17 @@ def _build(
         spec = plan.model.as_stored(weights.names)
         check_tensors(weights, spec)
         graph, decoder = build_decoder(spec, weights, storage=plan.storage, context=plan.context)
-        floats = [
+        kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
+        rounded = [
             name
             for name, shape in spec.tensor_shapes().items()
-            if len(shape) == 2 and packed_tensor(weights, name) is None
+            if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
         ]
         yield _Built(
             graph=graph,
             decoder=decoder,
             dims=_dims(spec, plan.context),
-            quantization=describe_storage(plan.storage, plan.packing, floats),
+            quantization=describe_storage(plan.storage, plan.packing, rounded=rounded, kept=kept),
             producers=(),
         )
         return
@@ -250,9 +251,7 @@ def _build(
             graph=traced.graph,
             decoder=traced.decoder,
             dims=traced.dims,
-            quantization=replace(
-                describe_storage(plan.storage, None, ()), exceptions=traced.exceptions
-            ),
+            quantization=describe_storage(plan.storage, kept=traced.kept),
             producers=PRODUCERS,
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from edge_llm.errors import CheckpointError, ExportError, UnsupportedModelError
-from edge_llm.manifest import DecoderGraph, Dims, TensorQuantization
+from edge_llm.manifest import DecoderGraph, Dims
 from edge_llm.runtime.session import import_onnxruntime
 
 from ..graph.decoder import GRAPH_FILE
@@ -48,13 +48,13 @@ class Traced:
         graph: The graph and its weights; usable as long as the scratch folder is there.
         decoder: What the manifest says of it.
         dims: The model's sizes.
-        exceptions: Matrices that stayed float32.
+        kept: Matrices that stayed float32.
     """
 
     graph: GraphRecorder
     decoder: DecoderGraph
     dims: Dims
-    exceptions: Mapping[str, TensorQuantization]
+    kept: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,11 +136,7 @@ class OptimumModel:
                     context=context,
                     parameters=found.parameters,
                 ),
-                exceptions={
-                    name: TensorQuantization(bits=32, block=None)
-                    for name in (*new.tables, *new.unrecognized)
-                    if quantized
-                },
+                kept=(*new.tables, *new.unrecognized),
             )
 
 

@@ -54,23 +54,29 @@ def choose_storage(quantize: str | None, block: int | None, packing: Packing | N
 
 
 def describe_storage(
-    storage: Storage, packing: Packing | None, floats: Iterable[str]
+    storage: Storage,
+    packing: Packing | None = None,
+    *,
+    rounded: Iterable[str] = (),
+    kept: Iterable[str] = (),
 ) -> Quantization:
     """What the manifest says.
 
     Args:
         storage: How what the checkpoint has as floats is stored.
         packing: The checkpoint's integers.
-        floats: The matrices that it has as floats.
+        rounded: The matrices that it has as floats, named if they are not stored as most are.
+        kept: Matrices that stay float32 whatever the storage.
     """
-    other = TensorQuantization(bits=storage.bits, block=storage.block)
-    if packing is None or storage == FLOAT32:
-        method = "rtn" if storage.block else "none"
-        return Quantization(method=method, bits=other.bits, block=other.block, exceptions={})
-    own = TensorQuantization(bits=packing.bits, block=packing.block)
+    if storage == FLOAT32:
+        return Quantization(method="none", bits=32, block=None, exceptions={})
+    most = other = TensorQuantization(bits=storage.bits, block=storage.block)
+    if packing is not None:
+        most = TensorQuantization(bits=packing.bits, block=packing.block)
+    exceptions = {} if other == most else dict.fromkeys(rounded, other)
     return Quantization(
-        method=packing.method,
-        bits=own.bits,
-        block=own.block,
-        exceptions={} if other == own else dict.fromkeys(floats, other),
+        method="rtn" if packing is None else packing.method,
+        bits=most.bits,
+        block=most.block,
+        exceptions=exceptions | dict.fromkeys(kept, TensorQuantization(bits=32, block=None)),
     )
