@@ -170,7 +170,8 @@ def _describe_quantization(manifest: Manifest) -> str:
     if stored.method == "none":
         return f"none: float{stored.bits}"
     scale = "column or matrix" if stored.block is None else f"{stored.block} weights"
-    text = f"{stored.bits} bits, a scale per {scale}, {stored.method}"
+    method = "by another exporter" if stored.method == "foreign" else stored.method
+    text = f"{stored.bits} bits, a scale per {scale}, {method}"
     others = len(stored.exceptions)
     return f"{text}; {others} tensors in another way" if others else text
 
