@@ -22,6 +22,9 @@ from edge_llm.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["Bundle", "sha256_file"]
 
+# A model of a thousand layers has a manifest of half a megabyte.
+MANIFEST_BYTES = 16 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -156,10 +159,9 @@ class Bundle:
     def _check_files(self, *, verify: bool, on_file: Callable[[str], None] | None) -> None:
         remedy = "Copy the bundle again, or export it again."
         for name, entry in self.manifest.files.items():
-            file = self.path / name
-            if not file.is_file():
+            size = self._size(name)
+            if size is None:
                 raise IntegrityError(f"The bundle's file {name!r} is missing.", remedy)
-            size = file.stat().st_size
             if size != entry.size:
                 raise IntegrityError(
                     f"The bundle's file {name!r} has {size} bytes; it must have {entry.size}.",
@@ -168,18 +170,51 @@ class Bundle:
             if verify:
                 if on_file:
                     on_file(name)
-                if sha256_file(file) != entry.sha256:
+                if sha256_file(self.path / name) != entry.sha256:
                     raise IntegrityError(
                         f"The bundle's file {name!r} is altered: its SHA-256 is not the "
                         "manifest's.",
                         remedy,
                     )
 
+    def _size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none.
+
+        Raises:
+            IntegrityError: It cannot be looked at, or is a link to a place outside.
+        """
+        file = self.path / name
+        try:
+            if not file.is_file():
+                return None
+            place, folder = file.resolve(), self.path.resolve()
+            size = file.stat().st_size
+        except OSError as error:
+            raise IntegrityError(
+                f"The bundle's file {name[:80]!r} cannot be looked at: {error.strerror}.",
+                "Copy the bundle again, or export it again.",
+            ) from error
+        # In a cache of Hugging Face's, a snapshot's files are links into the model's blobs.
+        homes = (folder, folder.parent.parent / "blobs")
+        if not any(place.is_relative_to(home) for home in homes):
+            raise IntegrityError(
+                f"The bundle's file {name!r} is a link to a place outside the folder.",
+                "Put the file itself there.",
+            )
+        return size
+
 
 def _read_manifest(folder: Path) -> str | None:
     """The manifest's text, or None where there is none."""
+    path = folder / MANIFEST_NAME
     try:
-        return (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+        if path.stat().st_size > MANIFEST_BYTES:
+            raise ManifestError(
+                f"{MANIFEST_NAME} must have at most {MANIFEST_BYTES} bytes, got "
+                f"{path.stat().st_size}.",
+                "Export again.",
+            )
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:

@@ -273,7 +273,9 @@ class Manifest:
                 parse_float=_finite,
             )
         except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}.", _EXPORT_AGAIN) from error
+            raise ManifestError(
+                f"{MANIFEST_NAME} is not JSON: {_cut(str(error))}.", _EXPORT_AGAIN
+            ) from error
         if not isinstance(data, dict):
             raise ManifestError(f"{MANIFEST_NAME} must be a JSON object.", _EXPORT_AGAIN)
         _check_version(data)
@@ -290,6 +292,11 @@ class Manifest:
 
 
 _EXPORT_AGAIN = "Export the bundle again."
+
+
+def _cut(text: str) -> str:
+    """How a message shows what may be of any length."""
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,7 +319,9 @@ def _finite(text: str) -> float:
 def _check_version(data: Mapping[str, Any]) -> None:
     version = data.get("format")
     if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
-        raise ManifestError(f'format must be "major.minor", got {version!r}.', _EXPORT_AGAIN)
+        raise ManifestError(
+            f'format must be "major.minor", got {_cut(repr(version))}.', _EXPORT_AGAIN
+        )
     major, known = (int(one.split(".")[0]) for one in (version, FORMAT))
     if major != known:
         raise UnsupportedFormatError(
@@ -370,14 +379,14 @@ def _check_state(state: StateTensor, where: str, *, shared: bool) -> None:
 def _decode(kind: type[T], data: object, where: str) -> T:
     """Build a dataclass from JSON, naming the key of whatever is missing, unknown or mistyped."""
     if not isinstance(data, dict):
-        raise ManifestError(f"{where} must be an object, got {data!r}.", _EXPORT_AGAIN)
+        raise ManifestError(f"{where} must be an object, got {_cut(repr(data))}.", _EXPORT_AGAIN)
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise ManifestError(
-                f"{prefix}{key} is a key that format {FORMAT} does not have.",
+                f"{prefix}{_cut(key)} is a key that format {FORMAT} does not have.",
                 "Upgrade edge-llm, or move the key into info.",
             )
     values = {}
@@ -409,7 +418,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
     shown = {tuple: "a list", Mapping: "an object"}.get(origin) or getattr(
         hint, "__name__", str(hint)
     )
-    raise ManifestError(f"{where} must be {shown}, got {value!r}.", _EXPORT_AGAIN)
+    raise ManifestError(f"{where} must be {shown}, got {_cut(repr(value))}.", _EXPORT_AGAIN)
 
 
 def _plain(hint: Any, value: object) -> bool:

@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, unreadable, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} has no {path.name}.", "Give the folder of a whole model."
@@ -42,3 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} must hold an object, got {type(content).__name__}.", "Download it again."
         )
     return content
+
+
+def _integer(text: str) -> int:
+    """An integer of JSON; none that a model's files have needs more than 64 bits."""
+    if len(text) > 20:
+        raise ValueError(f"it has an integer of {len(text)} characters")
+    return int(text)

@@ -48,7 +48,6 @@ class OwnDecoder:
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._index = np.zeros(0, np.int64)
-        self._logits = np.zeros((1, self._vocab), np.float32)
         self._bound: tuple[int, int] | None = None
         lengths = {
             "query_lens": self._query_lens,
@@ -61,6 +60,7 @@ class OwnDecoder:
         self.graph.check("input_ids", dtypes=("int64",), shape=(None, None))
         self.graph.check("logits_index", dtypes=("int64",), shape=(None,))
         self.graph.check("logits", dtypes=("float32",), shape=(None, self._vocab))
+        self._logits = np.zeros((1, self._vocab), np.float32)
         self.graph.check_inputs(
             {"input_ids", "logits_index", *lengths, *(one.input for one in state)}
         )

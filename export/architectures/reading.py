@@ -12,6 +12,8 @@ from .spec import Activation
 
 __all__ = ["Sizes", "read_activation", "read_layers", "read_sizes", "read_windows"]
 
+MOST_LAYERS = 10_000
+
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -70,8 +72,18 @@ def read_sizes(
 
 
 def read_layers(config: ConfigReader, key: str = "num_hidden_layers") -> int:
-    """How many blocks there are."""
-    return config.require(key, int, at_least=1)
+    """How many blocks there are.
+
+    Raises:
+        CheckpointError: More than any model has: the tensors of each one are to be listed.
+    """
+    layers = config.require(key, int, at_least=1)
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: {key} must be at most {MOST_LAYERS}, got {layers}.",
+            "Take the config.json that belongs to the weights.",
+        )
+    return layers
 
 
 def read_activation(config: ConfigReader, key: str, default: str) -> Activation:

@@ -198,9 +198,6 @@ def test_json_bombs(name: str, case: str, checkpoint: Path, tmp_path: Path) -> N
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size"]  # fmt: skip
 NUMBERS = [0, -1, 2**31, 2**40, 2**63, 10**400, 1e300, 64.5, "64", [64], True]
-ENDLESS = pytest.mark.xfail(
-    run=False, strict=True, reason="the tensors of each of 2**31 layers are listed, without end"
-)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +207,6 @@ ENDLESS = pytest.mark.xfail(
             name,
             value,
             id=f"{name}-{str(value)[:12]}",
-            marks=[ENDLESS] if name == "num_hidden_layers" and value in NUMBERS[2:6] else [],
         )
         for name in SIZES
         for value in NUMBERS
@@ -226,11 +222,6 @@ def test_sizes_that_the_weights_do_not_have(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["canary", "checkpoint"]
 
 
-OVERFLOW = pytest.mark.xfail(
-    raises=OverflowError, strict=True, reason="config.py makes a float of an integer of any length"
-)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -238,7 +229,6 @@ OVERFLOW = pytest.mark.xfail(
             name,
             value,
             id=f"{name}-{str(value)[:12]}",
-            marks=[OVERFLOW] if name[0] == "r" and name[-1] in "as" and value == 10**400 else [],
         )
         for name in ("rope_theta", "rms_norm_eps", "rope_scaling", "hidden_act")
         for value in (-1, 10**400, 1e300, "x", [1], True, {"rope_type": "x"})
