@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from edge_llm.errors import ManifestError, UnsupportedFormatError
+from edge_llm.schema import cut, decode, load
 
 __all__ = [
     "FORMAT",
@@ -266,20 +264,15 @@ class Manifest:
             ManifestError: It is not JSON, or a key is missing, unknown or of the wrong type.
         """
         try:
-            data = json.loads(
-                text,
-                object_pairs_hook=_unique,
-                parse_constant=_finite,
-                parse_float=_finite,
-            )
+            data = load(text)
         except (ValueError, RecursionError) as error:
             raise ManifestError(
-                f"{MANIFEST_NAME} is not JSON: {_cut(str(error))}.", _EXPORT_AGAIN
+                f"{MANIFEST_NAME} is not JSON: {cut(str(error))}.", _EXPORT_AGAIN
             ) from error
         if not isinstance(data, dict):
             raise ManifestError(f"{MANIFEST_NAME} must be a JSON object.", _EXPORT_AGAIN)
         _check_version(data)
-        manifest = _decode(cls, data, "")
+        manifest = decode(cls, data, "")
         for name, entry in manifest.files.items():
             if entry.sha256 is None:
                 raise ManifestError(f"files.{name}.sha256 must be str, got None.", _EXPORT_AGAIN)
@@ -294,33 +287,11 @@ class Manifest:
 _EXPORT_AGAIN = "Export the bundle again."
 
 
-def _cut(text: str) -> str:
-    """How a message shows what may be of any length."""
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; readers differ in which of two equal keys they take, so none is taken."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return content
-
-
-def _finite(text: str) -> float:
-    """A JSON number; Python would also take NaN, Infinity and 1e999, which are none."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number")
-    return number
-
-
 def _check_version(data: Mapping[str, Any]) -> None:
     version = data.get("format")
     if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise ManifestError(
-            f'format must be "major.minor", got {_cut(repr(version))}.', _EXPORT_AGAIN
+            f'format must be "major.minor", got {cut(repr(version))}.', _EXPORT_AGAIN
         )
     major, known = (int(one.split(".")[0]) for one in (version, FORMAT))
     if major != known:
@@ -374,57 +345,3 @@ def _check_state(state: StateTensor, where: str, *, shared: bool) -> None:
                 f"{length!r}.",
                 _EXPORT_AGAIN,
             )
-
-
-def _decode(kind: type[T], data: object, where: str) -> T:
-    """Build a dataclass from JSON, naming the key of whatever is missing, unknown or mistyped."""
-    if not isinstance(data, dict):
-        raise ManifestError(f"{where} must be an object, got {_cut(repr(data))}.", _EXPORT_AGAIN)
-    prefix = f"{where}." if where else ""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields:
-            raise ManifestError(
-                f"{prefix}{_cut(key)} is a key that format {FORMAT} does not have.",
-                "Upgrade edge-llm, or move the key into info.",
-            )
-    values = {}
-    for key, spec in fields.items():
-        if key in data:
-            values[key] = _value(hints[key], data[key], f"{prefix}{key}")
-        elif spec.default is spec.default_factory is dataclasses.MISSING:
-            raise ManifestError(f"{prefix}{key} is missing.", _EXPORT_AGAIN)
-    return kind(**values)
-
-
-def _value(hint: Any, value: object, where: str) -> Any:
-    """Check one JSON value against a type hint and turn it into the field's own type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _decode(typing.cast("type[Any]", hint), value, where)
-    if origin is types.UnionType:
-        fits = [one for one in arguments if _plain(one, value)]
-        if fits:
-            return value
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_value(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
-    elif origin is Mapping and isinstance(value, dict):
-        return {key: _value(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
-    elif origin is None and _plain(hint, value):
-        return value
-    shown = {tuple: "a list", Mapping: "an object"}.get(origin) or getattr(
-        hint, "__name__", str(hint)
-    )
-    raise ManifestError(f"{where} must be {shown}, got {_cut(repr(value))}.", _EXPORT_AGAIN)
-
-
-def _plain(hint: Any, value: object) -> bool:
-    """Whether a JSON scalar is of the type; true and false are no numbers."""
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is float:
-        return isinstance(value, int | float)
-    return isinstance(value, hint)

@@ -191,7 +191,7 @@ def test_info_and_window_may_be_left_out() -> None:
 def test_an_unknown_key_is_named(path: Path) -> None:
     data = document()
     at(data, path)["surprise"] = 1
-    assert refused(data).startswith(f"{dotted((*path, 'surprise'))} is a key that format")
+    assert refused(data).startswith(f"{dotted((*path, 'surprise'))} is a key that this format")
 
 
 def wrong_values(hint: Any) -> Iterator[Any]:
