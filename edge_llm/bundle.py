@@ -16,7 +16,7 @@ from edge_llm.errors import (
     ManifestError,
     UnsupportedFormatError,
 )
-from edge_llm.foreign.external_data import check_external_data
+from edge_llm.foreign.external_data import check_external_data, check_link
 from edge_llm.foreign.onnx_file import read_onnx
 from edge_llm.manifest import MANIFEST_NAME, Manifest
 
@@ -187,21 +187,13 @@ class Bundle:
         try:
             if not file.is_file():
                 return None
-            place, folder = file.resolve(), self.path.resolve()
-            size = file.stat().st_size
+            check_link(file, self.path)
+            return file.stat().st_size
         except OSError as error:
             raise IntegrityError(
                 f"The bundle's file {name[:80]!r} cannot be looked at: {error.strerror}.",
                 "Copy the bundle again, or export it again.",
             ) from error
-        # In a cache of Hugging Face's, a snapshot's files are links into the model's blobs.
-        homes = (folder, folder.parent.parent / "blobs")
-        if not any(place.is_relative_to(home) for home in homes):
-            raise IntegrityError(
-                f"The bundle's file {name!r} is a link to a place outside the folder.",
-                "Put the file itself there.",
-            )
-        return size
 
 
 def _read_manifest(folder: Path) -> str | None:

@@ -10,11 +10,14 @@ from pathlib import Path
 from edge_llm import __version__
 from edge_llm.bundle import Bundle
 from edge_llm.errors import ArgumentError
+from edge_llm.llm import LLM
 from edge_llm.manifest import Manifest
 from edge_llm.staging import check_target, staged
 from edge_llm.writer import FolderWriter
 
 __all__ = ["import_folder"]
+
+MOST_TRIED = 64  # tokens of the cache with which the bundle is tried
 
 
 def import_folder(
@@ -41,6 +44,7 @@ def import_folder(
     Raises:
         ArgumentError: An argument is outside its domain.
         BundleError: The folder is none that this runtime opens (see its subclasses).
+        RuntimeFailure: ONNX Runtime cannot run the graph.
         ExportError: The disk is full, or the output cannot be written.
     """
     target = check_target(Path(output), overwrite=overwrite)
@@ -72,5 +76,6 @@ def import_folder(
             producer={**bundle.manifest.producer, "edge-llm": __version__},
         )
         writer.write_manifest(manifest)
-        Bundle.open(stage)  # what was copied may have changed meanwhile
+        # What was copied may have changed meanwhile, and what opens may yet not run.
+        LLM(stage, context=min(MOST_TRIED, manifest.dims.context)).close()
     return manifest

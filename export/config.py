@@ -33,6 +33,7 @@ _LOADING = """
     is_llama_config use_bfloat16 tf_legacy_loss torchscript pretraining_tp
     gradient_checkpointing use_cache return_dict use_return_dict output_attentions
     output_hidden_states output_router_logits keys_to_ignore_at_inference num_logits_to_keep
+    output_past seq_length max_sequence_length
     logits_to_keep is_decoder chunk_size_feed_forward tie_encoder_decoder cache_implementation
     quantization_config"""
 _TRAINING = """

@@ -162,7 +162,7 @@ def _read(
     packing = read_packing(config, ignore=ignore)
     storage = choose_storage(quantize, block, packing)
     model = _read_model(config, ignore, via, say)
-    context = _context(model.context, max_context)
+    context = _context(model, max_context, say)
     files = read_tokenizer(checkpoint.path, config)
     files.check(model.vocab)
     return _Plan(
@@ -194,14 +194,18 @@ def _read_model(
         ) from error
 
 
-def _context(longest: int | None, max_context: int | None) -> int:
+def _context(
+    model: DecoderSpec | OptimumModel, max_context: int | None, say: Callable[[str], None]
+) -> int:
+    longest = model.context
+    default = model.default_context if isinstance(model, DecoderSpec) else longest
     if max_context is None:
-        if longest is None:
+        if default is None:
             raise CheckpointError(
                 "config.json does not say how long a sequence may be.",
                 "Pass max_context (--max-context), as long as the model was trained for.",
             )
-        return min(longest, LONGEST_DEFAULT_CONTEXT)
+        return min(default, LONGEST_DEFAULT_CONTEXT)
     if isinstance(max_context, bool) or not isinstance(max_context, int) or max_context < 2:
         raise ArgumentError("max_context", "an integer of at least 2", max_context)
     if longest is not None and max_context > longest:
@@ -210,6 +214,11 @@ def _context(longest: int | None, max_context: int | None) -> int:
             f"at most {longest} (the model's max_position_embeddings)",
             max_context,
             "The model was not trained beyond that.",
+        )
+    if default is not None and max_context > default:
+        say(
+            f"beyond {default} tokens longrope has other factors, and a bundle has one set: with "
+            f"max_context {max_context} shorter texts are answered by the long ones too"
         )
     return max_context
 

@@ -40,7 +40,7 @@ LAYERS = {
     "foreign": 4,
     "bundle": 5,
     "options": 5,
-    "importing": 6,
+    "importing": 7,
     "llm": 6,
     "measure": 7,
     "cli": 8,

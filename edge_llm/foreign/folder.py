@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edge_llm.errors import ArgumentError
 from edge_llm.foreign import genai, transformers_js
+from edge_llm.foreign.external_data import check_link
 from edge_llm.foreign.found import Found
 
 __all__ = ["KINDS", "find_model"]
@@ -27,8 +28,10 @@ def find_model(folder: Path, variant: str | None) -> Found | None:
     Raises:
         ArgumentError: There is no such variant.
         CheckpointError: A configuration's file is broken.
+        IntegrityError: A file that may be read is a link to a place outside.
         UnsupportedFormatError: The model is none that this runtime runs.
     """
+    _check_links(folder)
     if (folder / genai.CONFIG).is_file():
         if variant is not None:
             raise ArgumentError(
@@ -38,3 +41,11 @@ def find_model(folder: Path, variant: str | None) -> Found | None:
     if (folder / transformers_js.CONFIG).is_file() and transformers_js.find_graphs(folder):
         return transformers_js.read_transformers_js(folder, variant)
     return None
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder among all that may be read."""
+    for inner in (folder, folder / "onnx", folder / "additional_chat_templates"):
+        for file in sorted(inner.glob("*")):
+            if file.is_symlink() or inner.is_symlink():
+                check_link(file, folder)

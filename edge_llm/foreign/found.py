@@ -15,6 +15,7 @@ from edge_llm.foreign.onnx_file import OnnxModel, read_onnx
 from edge_llm.foreign.state import (
     STANDARD_NAMES,
     CacheSizes,
+    check_window,
     read_context,
     read_decoder,
     read_vocab,
@@ -51,6 +52,7 @@ class Found:
         generation: Content of generation_config.json where another file stands in for it.
         names: The state's names, see :data:`edge_llm.foreign.state.STANDARD_NAMES`.
         cache: Sizes of the cache that the graph may leave open.
+        window: Tokens that sliding layers attend to, where there are any.
         sizes: layers, hidden, intermediate, heads, vocab, context; None where nothing tells.
     """
 
@@ -62,6 +64,7 @@ class Found:
     generation: Mapping[str, Any] | None = None
     names: Mapping[str, str] = field(default_factory=lambda: STANDARD_NAMES)
     cache: CacheSizes = field(default_factory=CacheSizes)
+    window: int | None = None
     sizes: Mapping[str, int | None]
 
 
@@ -85,6 +88,8 @@ def derive_manifest(folder: Path, found: Found) -> tuple[Manifest, dict[str, str
     model = read_onnx(graph)
     data = check_external_data(model, graph)
     decoder = read_decoder(model, found.graph, found.cache, found.names)
+    if found.window is not None:
+        check_window(model, found.graph, found.window)
     vocab = read_vocab(model, found.graph, found.sizes["vocab"])
     files = read_tokenizer(folder, found.config, generation_json=found.generation)
     files.check(vocab)
@@ -154,8 +159,15 @@ def _dims(found: Found, decoder: DecoderGraph, model: OnnxModel, vocab: int) -> 
             f"Nothing in the {found.kind} says how long a text the model can read.",
             "Set max_position_embeddings in config.json to the longest context in tokens.",
         )
+    layers, heads = len(decoder.state) // 2, found.sizes["heads"]
+    if found.sizes["layers"] not in (None, layers) or (heads is not None and heads % first[1]):
+        raise IntegrityError(
+            f"{found.graph} has {layers} layers of {first[1]} key/value heads; its configuration "
+            f"says {found.sizes['layers']} layers of {heads} heads.",
+            "Take the configuration that belongs to the graph.",
+        )
     return Dims(
-        layers=found.sizes["layers"] or len(decoder.state) // 2,
+        layers=layers,
         hidden=found.sizes["hidden"],
         intermediate=found.sizes["intermediate"],
         heads=found.sizes["heads"],

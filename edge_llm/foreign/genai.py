@@ -79,6 +79,7 @@ def read_genai(folder: Path) -> Found:
             )
             for (past, present), kind in zip(_NAMES.items(), ("key", "value"), strict=True)
         },
+        window=_window(decoder, overall["context_length"]),
         cache=CacheSizes(kv_heads=size["num_key_value_heads"], head_dim=size["head_size"]),
         sizes={
             "layers": size["num_hidden_layers"],
@@ -89,6 +90,14 @@ def read_genai(folder: Path) -> Found:
             "context": overall["context_length"],
         },
     )
+
+
+def _window(decoder: Mapping[str, Any], context: int | None) -> int | None:
+    """The sliding window, where it is shorter than the longest text."""
+    where = "model.decoder.sliding_window."
+    sliding = _get(decoder, "model.decoder.", "sliding_window", {})
+    window = positive(CONFIG, where + "window_size", sliding.get("window_size"))
+    return window if window is not None and (context is None or window < context) else None
 
 
 class _Sizes:

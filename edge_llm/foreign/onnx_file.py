@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_llm.errors import IntegrityError
 from edge_llm.foreign.protobuf import Message, Reader
+from edge_llm.schema import cut
 
 __all__ = ["DTYPES", "External", "Node", "OnnxModel", "Tensor", "Value", "read_onnx"]
 
@@ -40,6 +41,7 @@ _BITS = {"bool": 8, "complex64": 64, "complex128": 128, "bfloat16": 16, "string"
 # Repeated fields of TensorProto that hold values, and the bytes of one (1: of varying width).
 _FLOAT, _INT32, _STRING, _INT64, _RAW, _DOUBLE, _UINT64 = 4, 5, 6, 7, 9, 10, 11
 _WIDTHS = {_FLOAT: 4, _INT32: 1, _INT64: 1, _DOUBLE: 8, _UINT64: 1}
+_MOST_AXES = 64  # tensors of models have five at most; their product must not take for ever
 _EXTERNAL = 1  # TensorProto.DataLocation
 _KEYS = {"location", "offset", "length", "checksum"}
 
@@ -244,7 +246,7 @@ def _value(message: Message) -> Value:
     kind = message.message(2)
     tensor = kind.message(1) if kind else None
     if tensor is None:
-        raise message.error(f"{name!r} is no tensor")
+        raise message.error(f"{cut(name)!r} is no tensor")
     shape = tensor.message(2)
     sizes = None if shape is None else tuple(map(_size, shape.messages(1)))
     return Value(name, _dtype(tensor, 1, name), sizes)
@@ -257,7 +259,7 @@ def _size(dimension: Message) -> int | str:
 def _dtype(message: Message, number: int, name: str) -> str:
     stated = message.integer(number)
     if not stated or stated not in DTYPES:
-        raise message.error(f"{name!r} has the unknown element type {stated}")
+        raise message.error(f"{cut(name)!r} has the unknown element type {stated}")
     return DTYPES[stated]
 
 
@@ -265,15 +267,17 @@ def _tensor(message: Message) -> Tensor:
     name = message.text(8)
     dtype = _dtype(message, 2, name)
     shape = tuple(message.integers(1))
-    if 3 in message or any(size < 0 for size in shape):
-        raise message.error(f"tensor {name!r} has segments or sizes below 0")
+    if 3 in message or len(shape) > _MOST_AXES or any(size < 0 for size in shape):
+        raise message.error(
+            f"tensor {cut(name)!r} has segments, more than {_MOST_AXES} axes or sizes below 0"
+        )
     elements = math.prod(shape)
     nbytes = (elements * _BITS[dtype] + 7) // 8
     external = _external(message, name) if message.integer(14) == _EXTERNAL else None
     if external is None:
         _check_inline(message, name, dtype, elements, nbytes)
     elif any(number in message for number in (*_WIDTHS, _STRING, _RAW)) or dtype == "string":
-        raise message.error(f"tensor {name!r} lies both inside and outside the file")
+        raise message.error(f"tensor {cut(name)!r} lies both inside and outside the file")
     return Tensor(name, dtype, shape, nbytes, external)
 
 
@@ -289,7 +293,9 @@ def _check_inline(message: Message, name: str, dtype: str, elements: int, nbytes
         room = sum(message.room(number, width) for number, width in _WIDTHS.items())
         fits = elements <= room * max(1, 8 // _BITS[dtype])
     if not fits:
-        raise message.error(f"tensor {name!r} claims {elements} values, but the file has others")
+        raise message.error(
+            f"tensor {cut(name)!r} claims {elements} values, but the file has others"
+        )
 
 
 def _external(message: Message, name: str) -> External:
@@ -297,7 +303,9 @@ def _external(message: Message, name: str) -> External:
     values = dict(entries)
     # Keys that are not here make ONNX Runtime look elsewhere; of two equal ones it takes either.
     if len(values) < len(entries) or not {"location"} <= values.keys() <= _KEYS:
-        raise message.error(f"tensor {name!r} has external data of unknown form {sorted(values)}")
+        raise message.error(
+            f"tensor {cut(name)!r} has external data of unknown form {sorted(values)}"
+        )
     return External(
         values["location"],
         _bytes(values.get("offset", "0"), message, name),
@@ -307,5 +315,5 @@ def _external(message: Message, name: str) -> External:
 
 def _bytes(text: str, message: Message, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise message.error(f"tensor {name!r} has external data at {text!r}")
+        raise message.error(f"tensor {cut(name)!r} has external data at {text!r}")
     return int(text)

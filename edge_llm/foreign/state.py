@@ -10,7 +10,14 @@ from edge_llm.errors import IntegrityError, UnsupportedFormatError
 from edge_llm.foreign.onnx_file import Node, OnnxModel, Value
 from edge_llm.manifest import STATE_DTYPES, DecoderGraph, StateTensor
 
-__all__ = ["STANDARD_NAMES", "CacheSizes", "read_context", "read_decoder", "read_vocab"]
+__all__ = [
+    "STANDARD_NAMES",
+    "CacheSizes",
+    "check_window",
+    "read_context",
+    "read_decoder",
+    "read_vocab",
+]
 
 STANDARD_NAMES = {
     "past_key_values.%d.key": "present.%d.key",
@@ -138,6 +145,22 @@ def read_context(model: OnnxModel, stated: int) -> int:
             tensors |= dict.fromkeys(node.outputs, node.constants["value"])
     rows = [tensors[name].shape[0] for name in tables if name in tensors and tensors[name].shape]
     return min([stated, *filter(None, rows)])
+
+
+def check_window(model: OnnxModel, graph: str, window: int) -> None:
+    """Refuse a graph without the sliding window that its configuration states.
+
+    onnxruntime-genai 0.18's builder leaves Mistral's out, and its own runtime cuts the cache
+    instead; run as it stands, such a graph attends to everything and answers otherwise.
+
+    Raises:
+        UnsupportedFormatError: No attention of it has a window.
+    """
+    if not any(node.integers.get("local_window_size", -1) > 0 for node in model.nodes):
+        raise UnsupportedFormatError(
+            f"{graph} attends to all tokens; its configuration says sliding_window {window}.",
+            "Export the checkpoint with `edge-llm export`, which keeps the window.",
+        )
 
 
 def _pairs(inputs: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, str]:

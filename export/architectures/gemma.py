@@ -27,7 +27,8 @@ def read_gemma(config: ConfigReader) -> DecoderSpec:
     """Read a ``GemmaConfig``."""
     sizes = read_sizes(config, context=8192, kv_heads=16, head_dim=256)
     attention = AttentionSpec(rope=read_rope(config))
-    # configuration_gemma.py: hidden_activation overwrites hidden_act.
+    # configuration_gemma.py: hidden_activation overwrites hidden_act. (modeling_gemma.py of
+    # transformers 4.57 forgets it; the weights were trained with the approximation by tanh.)
     legacy = config.get("hidden_act", str, _GELU)
     return _spec(
         config,

@@ -10,9 +10,9 @@ from edge_llm.errors import CheckpointError, UnsupportedModelError
 from ..config import ConfigReader
 from .spec import Activation
 
-__all__ = ["Sizes", "read_activation", "read_layers", "read_sizes", "read_windows"]
+__all__ = ["Sizes", "check_layers", "read_activation", "read_layers", "read_sizes", "read_windows"]
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -75,12 +75,20 @@ def read_layers(config: ConfigReader, key: str = "num_hidden_layers") -> int:
     """How many blocks there are.
 
     Raises:
-        CheckpointError: More than any model has: the tensors of each one are to be listed.
+        CheckpointError: There is no number, or one beyond all models.
     """
-    layers = config.require(key, int, at_least=1)
+    return check_layers(key, config.require(key, int, at_least=1))
+
+
+def check_layers(name: str, layers: int) -> int:
+    """Refuse more layers than any model has, for the tensors of each one are to be listed.
+
+    Raises:
+        CheckpointError: There are more.
+    """
     if layers > MOST_LAYERS:
         raise CheckpointError(
-            f"config.json: {key} must be at most {MOST_LAYERS}, got {layers}.",
+            f"config.json: {name} must be at most {MOST_LAYERS}, got {layers}.",
             "Take the config.json that belongs to the weights.",
         )
     return layers

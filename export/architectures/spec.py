@@ -179,6 +179,17 @@ class DecoderSpec:
         return len(self.attention)
 
     @property
+    def default_context(self) -> int:
+        """Longest sequence for which every part is what it is for a short one, in tokens.
+
+        A bundle has one set of longrope's factors. The long ones change shorter texts too, so they
+        are for those who ask for a longer context.
+        """
+        ropes = [one.rope for one in self.attention if one.rope is not None]
+        trained = [rope.original_context for rope in ropes if rope.kind == "longrope"]
+        return min([self.context, *trained])
+
+    @property
     def padded_head_dim(self) -> int:
         """Head size in the graph: GroupQueryAttention takes multiples of 16 only."""
         return -(-self.head_dim // 16) * 16

@@ -16,6 +16,7 @@ from edge_llm.errors import CheckpointError, ExportError, UnsupportedModelError
 from edge_llm.manifest import DecoderGraph, Dims
 from edge_llm.runtime.session import import_onnxruntime
 
+from ..architectures.reading import check_layers
 from ..graph.decoder import GRAPH_FILE
 from ..graph.recorder import GraphRecorder
 from ..quantize.storage import Storage
@@ -179,6 +180,7 @@ def read_model(config_json: Mapping[str, Any]) -> OptimumModel:
     try:
         config = types[family].from_dict(trusted)
         sizes = normalize(config)
+        check_layers("the number of layers", sizes.num_layers)
         model = OptimumModel(
             architecture=family,
             vocab=sizes.vocab_size,

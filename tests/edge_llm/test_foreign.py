@@ -412,6 +412,16 @@ def genai_model(**changes: Any) -> Change:
     return change
 
 
+def linked(name: str) -> Change:
+    """Put a link out of the folder in a file's place."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../model.onnx")
+
+    return change
+
+
 def providers(name: str) -> Change:
     return genai_decoder(session_options={"provider_options": [{name: {}}]})
 
@@ -487,6 +497,20 @@ GENAI: dict[str, tuple[Change, type[BundleError], str]] = {
         genai_decoder(sliding_window={"window_size": 8, "slide_inputs": True}),
         UnsupportedFormatError,
         "slide_inputs",
+    ),
+    "a window that the graph lacks": (
+        genai_decoder(sliding_window={"window_size": 16, "layers": []}),
+        UnsupportedFormatError,
+        "attends to all tokens; .* sliding_window 16",
+    ),
+    "other layers": (genai_decoder(num_hidden_layers=7), IntegrityError, "2 layers of .* 7 layers"),
+    "other heads": (genai_decoder(num_attention_heads=3), IntegrityError, "layers of 3 heads"),
+    "a linked graph": (linked("model.onnx"), IntegrityError, "'model.onnx' is a link"),
+    "a linked tokenizer": (linked("tokenizer.json"), IntegrityError, "'tokenizer.json' is a link"),
+    "a linked template": (
+        linked("chat_template.jinja"),
+        IntegrityError,
+        "'chat_template.jinja' is a link to a place outside",
     ),
     "another name of the tokens": (
         genai_decoder(inputs={"input_ids": "tokens"}),

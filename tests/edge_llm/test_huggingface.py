@@ -493,3 +493,11 @@ def test_a_folder_in_the_files_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         read_json(tmp_path / "config.json")
+
+
+def test_transformers_own_number_for_no_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert read_json(tmp_path / "a.json") == {"model_max_length": 1000000000000000019884624838656}
+    (tmp_path / "a.json").write_text('{"model_max_length": 1' + "0" * 400 + "}")
+    with pytest.raises(CheckpointError, match="integer of 401 characters"):
+        read_json(tmp_path / "a.json")

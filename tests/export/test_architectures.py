@@ -296,3 +296,10 @@ def test_the_page_on_adding_a_family_shows_the_file_as_it_is() -> None:
     shown = page[page.index("        def read_olmo2") : page.index("   Its defaults are")]
     source = inspect.getsource(read_olmo2).replace('    """Read an ``Olmo2Config``."""\n', "")
     assert source.strip() == textwrap.dedent(shown).strip()
+
+
+def test_longrope_is_exported_for_what_its_short_factors_reach_by_default() -> None:
+    long = read_architecture(PUBLISHED["phi-3-mini-128k-instruct"])
+    assert (long.context, long.default_context) == (131072, 4096)
+    plain = read_architecture(PUBLISHED["llama-3.2-1b-instruct"])
+    assert plain.default_context == plain.context
