@@ -42,6 +42,7 @@ LAYERS = {
     "importing": 5,
     "llm": 5,
     "measure": 6,
+    "quality": 6,
     "cli": 7,
     "server": 7,
 }
