@@ -292,7 +292,7 @@ class LLM:
         return Score(tokens=tuple(tokens.tolist()), logprobs=tuple(end.logprobs.tolist()))
 
     def logits(
-        self, tokens: Sequence[int], *, last: int = 1, continued: int = 0
+        self, tokens: Sequence[int] | NDArray[np.int64], *, last: int = 1, continued: int = 0
     ) -> NDArray[np.float32]:
         """The model's own distributions over what follows each of a sequence's last tokens.
 
@@ -343,7 +343,9 @@ class LLM:
             f"{'' if self._finalizer.alive else ' closed'}>"
         )
 
-    def _prompt_tokens(self, prompt: Prompt, name: str = "prompt") -> NDArray[np.int64]:
+    def _prompt_tokens(
+        self, prompt: Prompt | NDArray[np.int64], name: str = "prompt"
+    ) -> NDArray[np.int64]:
         """The tokens of an argument that is text or tokens; ``name`` is the argument's."""
         tokens: object = prompt
         if isinstance(prompt, str):

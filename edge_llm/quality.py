@@ -164,7 +164,7 @@ def evaluate(
             progress(done, total)
     counts = np.array([part.end - part.scored for part in parts])
     loss, *others = (estimate_mean(column, counts) for column in np.array(sums).T)
-    reference_loss, kl_divergence, agreement, difference = others or [None] * 4
+    reference_loss, kl_divergence, agreement, difference = others or (None, None, None, None)
     return QualityReport(
         model=llm.manifest.name,
         reference=None if reference is None else reference.manifest.name,

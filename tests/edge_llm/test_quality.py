@@ -210,7 +210,7 @@ def test_logits_are_asked_for_in_pieces_of_bounded_size(
 
     def watch(tokens: NDArray[np.int64], *, last: int, continued: int) -> NDArray[np.float32]:
         asked.append((last, continued))
-        return logits(tokens, last=last, continued=continued)  # type: ignore[arg-type]
+        return logits(tokens, last=last, continued=continued)
 
     monkeypatch.setattr(tiny_llm, "logits", watch)
     pieces = evaluate(tiny_llm, TEXT, window=100)
@@ -234,7 +234,8 @@ def test_progress(tiny_llm: LLM) -> None:
 def test_logits_agree_with_scores_however_they_are_asked_for(tiny_llm: LLM) -> None:
     tokens = tiny_llm.tokenize(TEXT)[:200]
     whole = tiny_llm.logits(tokens, last=200)
-    assert (whole.dtype, whole.shape) == (np.float32, (200, 400))
+    assert whole.dtype == np.float32
+    assert whole.shape == (200, 400)
     scores = scoring.log_probabilities(whole[:-1], np.array(tokens[1:]))
     np.testing.assert_allclose(scores, tiny_llm.score(tokens).logprobs, atol=1e-5)
     for cut in (90, 150, 200):
