@@ -223,12 +223,12 @@ def token_figures(
     """
     figures = np.empty((len(targets), 1 if reference is None else 5), np.float64)
     for i, target in enumerate(targets):
-        own = _log_softmax(logits[i])
+        _, own = _softmax(logits[i])
         figures[i, 0] = -own[target]
         if reference is not None:
-            true = _log_softmax(reference[i])
+            probabilities, true = _softmax(reference[i])
             figures[i, 1] = -true[target]
-            figures[i, 2] = np.exp(true) @ (true - own)
+            figures[i, 2] = probabilities @ (true - own)
             figures[i, 3] = logits[i].argmax() == reference[i].argmax()
             figures[i, 4] = true[target] - own[target]
     return figures
@@ -333,12 +333,15 @@ def _check_tokenizers(llm: LLM, reference: LLM, text: str, tokens: list[int]) ->
         )
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float32 [vocab] -> float64 [vocab]."""
+def _softmax(logits: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """float32 [vocab] -> probabilities and their logarithms, float64 [vocab]."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max()
-    shifted -= math.log(np.exp(shifted).sum())
-    return shifted
+    probabilities = np.exp(shifted)
+    total = probabilities.sum()
+    probabilities /= total
+    shifted -= math.log(total)
+    return probabilities, shifted
 
 
 def _exponential(mean: Estimate) -> Estimate:

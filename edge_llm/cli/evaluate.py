@@ -95,9 +95,11 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         progress.show("")
     if arguments.json:
-        write(json.dumps({"text": arguments.text, **dataclasses.asdict(report)}) + "\n")
+        # A bundle and its original have one name.
+        paths = {name: getattr(arguments, name) for name in ("model", "reference", "text")}
+        write(json.dumps({"paths": paths, **dataclasses.asdict(report)}) + "\n")
     else:
-        write(_describe(report, Path(arguments.text).name) + "\n")
+        write(_describe(report, arguments) + "\n")
     return 0
 
 
@@ -156,7 +158,7 @@ def _export(source: Path, output: Path, *, context: int) -> None:
         command.run(arguments)
 
 
-def _describe(report: QualityReport, text: str) -> str:
+def _describe(report: QualityReport, arguments: argparse.Namespace) -> str:
     rows = [("perplexity", *_figure(report.perplexity))]
     if report.reference_perplexity is not None:
         rows.append(("  of the reference", *_figure(report.reference_perplexity)))
@@ -166,12 +168,13 @@ def _describe(report: QualityReport, text: str) -> str:
         rows.append(("KL divergence (nats per token)", *_figure(report.kl_divergence)))
     if report.top1_agreement is not None:
         rows.append(("top-1 agreement", *_figure(report.top1_agreement)))
-    reference = "" if report.reference is None else f" against {report.reference}"
+    model = report.model if arguments.model is None else arguments.model
+    reference = "" if arguments.reference is None else f" against {arguments.reference}"
     windows = "window" if report.windows == 1 else "windows"
     bos = ", BOS in front of each" if report.bos else ""
     return "\n".join(
         [
-            f"{report.model}{reference} on {text} (SHA-256 {report.text_sha256[:12]}...)",
+            f"{model}{reference} on {arguments.text} (SHA-256 {report.text_sha256[:12]}...)",
             f"{report.tokens} tokens in {report.windows} {windows} of {report.window}, "
             f"stride {report.stride}{bos}",
             "",

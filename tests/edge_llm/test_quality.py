@@ -449,13 +449,14 @@ def test_command(tiny_bundle: Path, int4_bundle: Path, text_file: Path, capsys: 
     out, err = capsys.readouterr()
     assert err == ""  # no terminal, no progress
     document = json.loads(out)
-    assert document["text"] == str(text_file)
+    paths = {"model": int4_bundle, "reference": tiny_bundle, "text": text_file}
+    assert document.pop("paths") == {name: str(path) for name, path in paths.items()}
     with LLM(int4_bundle) as llm, LLM(tiny_bundle) as reference:
         report = evaluate(llm, TEXT, reference=reference, window=64, stride=48)
-    del document["text"]
     assert document == dataclasses.asdict(report)
     assert main([*argv, "--window", "64", "--stride", "48"]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"{int4_bundle} against {tiny_bundle} on {text_file} (SHA-256 ")
     assert f"{report.tokens} tokens in {report.windows} windows of 64, stride 48\n" in shown
     for words in ("perplexity", "KL divergence (nats per token)", "top-1 agreement", " ± "):
         assert words in shown
