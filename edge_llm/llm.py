@@ -19,7 +19,7 @@ from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
 from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.scheduler import Engine
-from edge_llm.engine.scoring import ScoreEnd, Scoring
+from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
 from edge_llm.errors import (
     ArgumentError,
@@ -291,6 +291,34 @@ class LLM:
             raise CancelledError("Scoring was cancelled.")
         return Score(tokens=tuple(tokens.tolist()), logprobs=tuple(end.logprobs.tolist()))
 
+    def logits(
+        self, tokens: Sequence[int] | NDArray[np.int64], *, last: int = 1, continued: int = 0
+    ) -> NDArray[np.float32]:
+        """The model's own distributions over what follows each of a sequence's last tokens.
+
+        Args:
+            tokens: The whole sequence.
+            last: How many of its last tokens to give logits for; each takes 4 bytes per token of
+                the vocabulary.
+            continued: Length of the leading part that the call before this one was given: asked for
+                piece by piece, a long sequence is computed once. The result does not hang on it.
+
+        Returns:
+            float32 [last, vocab].
+
+        Raises:
+            ContextLengthError: The sequence does not fit into the context.
+            ArgumentError: An argument is outside its domain.
+        """
+        sequence = self._prompt_tokens(tokens, "tokens")
+        if len(sequence) > self.context:
+            raise ContextLengthError(len(sequence), 0, self.context)
+        integer("last", last, 1, len(sequence))
+        integer("continued", continued, 0, len(sequence) - last)
+        (found,) = self._engine.execute(Distributions(sequence, last=last, continued=continued))
+        assert isinstance(found, np.ndarray)
+        return found
+
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""
         return self._tokenizer.encode(text, add_bos=add_bos)
@@ -315,7 +343,9 @@ class LLM:
             f"{'' if self._finalizer.alive else ' closed'}>"
         )
 
-    def _prompt_tokens(self, prompt: Prompt, name: str = "prompt") -> NDArray[np.int64]:
+    def _prompt_tokens(
+        self, prompt: Prompt | NDArray[np.int64], name: str = "prompt"
+    ) -> NDArray[np.int64]:
         """The tokens of an argument that is text or tokens; ``name`` is the argument's."""
         tokens: object = prompt
         if isinstance(prompt, str):

@@ -190,12 +190,30 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """One measured figure: the float32 reference's value and this bundle's, on stated data."""
+    """One measured figure: the float32 reference's value and this bundle's, on stated data.
+
+    Attributes:
+        metric: "perplexity", "kl_divergence" (nats per token, from the reference), "top1_agreement"
+            (share of tokens), or another.
+        data: Name of the text.
+        reference: The float32 model's value.
+        value: This bundle's.
+        standard_error: Of ``value``; None where it is not known.
+        sha256: Of the text in UTF-8, hexadecimal.
+        tokens: How many were scored.
+        window: Tokens that the model saw at once at most.
+        stride: Tokens from the start of a window to that of the next.
+    """
 
     metric: str
     data: str
     reference: float
     value: float
+    standard_error: float | None = None
+    sha256: str | None = None
+    tokens: int | None = None
+    window: int | None = None
+    stride: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

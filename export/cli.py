@@ -76,6 +76,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="a key of config.json that does not change the computation (may be repeated)",
     )
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE",
+        help="measure perplexity, KL divergence and top-1 agreement with the float32 original on "
+        "this text; `edge-llm info` shows them",
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object at the end")
 
 
@@ -114,6 +120,7 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             revision=arguments.revision,
             overwrite=arguments.overwrite,
             ignore_config=arguments.ignore_config,
+            evaluate=arguments.evaluate,
             progress=progress,
             warn=_warn,
         )
@@ -133,7 +140,7 @@ def _bar() -> Iterator[Progress]:
             current = phase
             if bar is not None:
                 bar.close()
-            size = {"unit": "B", "unit_scale": True} if phase == "writing" else {}
+            size = {"unit": "B", "unit_scale": True} if phase.endswith("writing") else {}
             bar = tqdm(desc=phase, total=total, disable=None, file=sys.stderr, leave=False, **size)
         bar.update(done - bar.n)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from edge_llm.manifest import (
     Source,
     Tokens,
 )
+from edge_llm.quality import read_text_file
 from edge_llm.staging import check_target, staged
 
 from .architectures.registry import ARCHITECTURES, read_architecture
@@ -35,6 +38,7 @@ from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.weights import Weights
 from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
+from .evaluate.figures import measure_quality
 from .evaluate.selfcheck import run_once
 from .fallback.model import PRODUCERS, OptimumModel, read_model
 from .graph.decoder import build_decoder
@@ -90,6 +94,7 @@ def export_model(
     token: str | None = None,
     overwrite: bool = False,
     ignore_config: Collection[str] = (),
+    evaluate: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Manifest:
@@ -110,6 +115,10 @@ def export_model(
         overwrite: Replace a bundle that is there.
         ignore_config: Keys of config.json that do not change the computation; optimum leaves it
             to transformers what each key means.
+        evaluate: A file of UTF-8 text on which to measure the bundle against its float32 original,
+            which is exported beside it for the time; the manifest then has perplexity, KL
+            divergence and top-1 agreement. Of a checkpoint that GPTQ or AWQ quantized, the
+            original is what its integers stand for.
         progress: Called with a phase, the work done and the whole work.
         warn: Called with what the user should know (default: nothing is said).
 
@@ -128,6 +137,7 @@ def export_model(
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
+    text = None if evaluate is None else read_text_file(evaluate, "evaluate")
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
@@ -145,7 +155,49 @@ def export_model(
         report("verifying", 0, 1)
         run_once(stage, warn=say)
         report("verifying", 1, 1)
+        if evaluate is not None and text is not None:
+            with _original(plan, stage, target, via, ignore_config, report) as original:
+                quality = measure_quality(
+                    stage,
+                    original,
+                    text,
+                    data=Path(evaluate).name,
+                    progress=lambda done, total: report("evaluating", done, total),
+                )
+            manifest = dataclasses.replace(manifest, quality=quality)
+            BundleWriter(stage).write_manifest(manifest)
     return manifest
+
+
+@contextmanager
+def _original(
+    plan: _Plan,
+    stage: Path,
+    target: Path,
+    via: str,
+    ignore: Collection[str],
+    report: Progress,
+) -> Iterator[Path]:
+    """The checkpoint's float32 bundle while the block lasts: the stage, or one beside the target.
+
+    Its context is the same, for rotary scaling may hang on it.
+    """
+    if plan.storage == FLOAT32:
+        yield stage
+        return
+    prefix = f".{target.name}.original."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+        original = Path(folder) / "original"
+        export_model(
+            plan.checkpoint.path,
+            original,
+            quantize="fp32",
+            max_context=plan.context,
+            via=via,
+            ignore_config=ignore,
+            progress=lambda phase, done, total: report(f"original: {phase}", done, total),
+        )
+        yield original
 
 
 def _read(

@@ -43,6 +43,7 @@ LAYERS = {
     "importing": 7,
     "llm": 6,
     "measure": 7,
+    "quality": 7,
     "cli": 8,
     "server": 8,
 }

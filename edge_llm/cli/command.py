@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
-__all__ = ["Command"]
+from edge_llm.errors import EdgeLLMError
+
+__all__ = ["Command", "Unavailable", "further_commands"]
+
+GROUP = "edge_llm.commands"
+INSTALL_EXPORT = "Install it with `pip install 'edge-llm[export]'`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +33,31 @@ class Command:
     summary: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+class Unavailable(Command):
+    """A command that is known but not installed, or not installed rightly."""
+
+
+def further_commands() -> dict[str, Command]:
+    """The commands of other packages by name; "export" is always one."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, Command] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            command = entry.load()
+        except (ImportError, AttributeError) as error:
+            command = _unavailable(entry.name, str(error))
+        found.setdefault(entry.name, command)
+    found.setdefault("export", _unavailable("export", "it is not installed"))
+    return found
+
+
+def _unavailable(name: str, reason: str) -> Command:
+    remedy = INSTALL_EXPORT if name == "export" else "Install the package that brings it again."
+
+    def refuse(arguments: argparse.Namespace) -> NoReturn:
+        raise EdgeLLMError(f"`edge-llm {name}` cannot run: {reason}.", remedy)
+
+    return Unavailable(name, "(not installed)", lambda parser: None, refuse)

@@ -15,7 +15,7 @@ from edge_llm.errors import ArgumentError
 
 if TYPE_CHECKING:
     from edge_llm.bundle import Bundle
-    from edge_llm.manifest import Manifest
+    from edge_llm.manifest import Manifest, Quality
 
 __all__ = ["COMMAND"]
 
@@ -132,10 +132,7 @@ def _describe_model(bundle: Bundle) -> str:
     manifest = bundle.manifest
     source, dims, tokens = manifest.source, manifest.dims, manifest.tokens
     eos = ", ".join(map(str, tokens.eos)) or "none"
-    quality = [
-        f"{one.metric} on {one.data}: {one.value:g} (float32: {one.reference:g})"
-        for one in manifest.quality
-    ]
+    quality = [_describe_quality(one) for one in manifest.quality]
     rows: dict[str, object] = {
         "source": source.repo or "a local folder",
         "revision": source.revision or "not told",
@@ -174,6 +171,12 @@ def _describe_quantization(manifest: Manifest) -> str:
     text = f"{stored.bits} bits, a scale per {scale}, {method}"
     others = len(stored.exceptions)
     return f"{text}; {others} tensors in another way" if others else text
+
+
+def _describe_quality(one: Quality) -> str:
+    error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
+    data = one.data if one.window is None else f"{one.data} in windows of {one.window} tokens"
+    return f"{one.metric} on {data}: {one.value:g}{error} (float32: {one.reference:g})"
 
 
 def _told(size: int | None) -> str:

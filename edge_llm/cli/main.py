@@ -13,20 +13,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from edge_llm import __version__
-from edge_llm.cli import bench, chat, import_, info, run
-from edge_llm.cli.command import Command
+from edge_llm.cli import bench, chat, evaluate, import_, info, run
+from edge_llm.cli.command import Command, Unavailable, further_commands
 from edge_llm.cli.layout import STDOUT, write
 from edge_llm.errors import ArgumentError, EdgeLLMError
 
 __all__ = ["main"]
 
-GROUP = "edge_llm.commands"
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-INSTALL_EXPORT = "Install it with `pip install 'edge-llm[export]'`."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +76,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
     parser = _parser(_commands())
     arguments, unknown = parser.parse_known_args(argv)
     command: Command = arguments.command
-    if unknown and not isinstance(command, _Unavailable):
+    if unknown and not isinstance(command, Unavailable):
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with _logging(arguments.verbose):
         try:
@@ -112,36 +109,11 @@ def _in_flags(error: EdgeLLMError, arguments: argparse.Namespace) -> str:
     return text
 
 
-class _Unavailable(Command):
-    """A command that is known but not installed, or not installed rightly."""
-
-
 def _commands() -> dict[str, Command]:
     """The commands by name: edge_llm's own, then those of other packages."""
-    found = {module.COMMAND.name: module.COMMAND for module in (run, chat, info, bench, import_)}
-    for name, command in _further_commands():
-        found.setdefault(name, command)
-    found.setdefault("export", _unavailable("export", "it is not installed"))
-    return found
-
-
-def _further_commands() -> Iterator[tuple[str, Command]]:
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group=GROUP):
-        try:
-            yield entry.name, entry.load()
-        except (ImportError, AttributeError) as error:
-            yield entry.name, _unavailable(entry.name, str(error))
-
-
-def _unavailable(name: str, reason: str) -> Command:
-    remedy = INSTALL_EXPORT if name == "export" else "Install the package that brings it again."
-
-    def refuse(arguments: argparse.Namespace) -> NoReturn:
-        raise EdgeLLMError(f"`edge-llm {name}` cannot run: {reason}.", remedy)
-
-    return _Unavailable(name, "(not installed)", lambda parser: None, refuse)
+    modules = (run, chat, info, bench, evaluate, import_)
+    own = {module.COMMAND.name: module.COMMAND for module in modules}
+    return own | further_commands() | own  # ours come first, and nobody replaces them
 
 
 def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""How likely the model finds a given text."""
+"""How likely the model finds a given text, and its whole distributions over next tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,31 @@ from edge_llm.results import FinishReason
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["ScoreEnd", "Scoring", "log_probabilities"]
+__all__ = [
+    "Distributions",
+    "ScoreEnd",
+    "Scoring",
+    "even_pieces",
+    "log_probabilities",
+    "scored_width",
+]
 
 # A row of logits takes 4 bytes per token of the vocabulary; this bounds the rows of a step.
 LOGITS_BYTES = 16 << 20
 WIDEST = 128
+# A token that is fed alone takes another kernel, which rounds otherwise on quantized weights; at
+# this width a text can be cut so that none is.
+NARROWEST = 4
+
+
+def scored_width(vocab: int) -> int:
+    """Most tokens to score in a step, so that their logits take a bounded amount of memory."""
+    return max(NARROWEST, min(WIDEST, LOGITS_BYTES // (4 * vocab)))
+
+
+def even_pieces(tokens: NDArray[np.int64], width: int) -> list[NDArray[np.int64]]:
+    """Cut int64 [tokens] into as few pieces of at most ``width`` as there can be, alike in size."""
+    return np.array_split(tokens, -(-len(tokens) // width)) if len(tokens) else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,7 @@ class Scoring(Job):
     ) -> None:
         super().__init__(cancel=cancel, timeout=timeout)
         self._tokens = tokens
-        self._width = max(1, min(WIDEST, LOGITS_BYTES // (4 * vocab)))
+        self._width = scored_width(vocab)
 
     def run(self, slot: Slot) -> None:
         """Feed all tokens but the last, and look up each next one in the logits."""
@@ -71,6 +91,43 @@ class Scoring(Job):
     def interrupted(self) -> None:
         """Put the reason in place of scores."""
         self.put(ScoreEnd(np.empty(0), self.ended() or "cancelled"))
+
+
+class Distributions(Job):
+    """Gives the logits behind each of a sequence's last tokens.
+
+    Puts one float32 [last, vocab], or None where it was ended. A long sequence is asked for piece
+    by piece: each job goes on from what the one before left in the cache, or computes it again
+    where another request came in between, so that nothing hangs on the order of requests.
+
+    Args:
+        tokens: int64 [tokens], at most the context.
+        last: How many of them to give logits for, at least 1.
+        continued: How many leading tokens the job before was given; 0 starts afresh.
+    """
+
+    def __init__(self, tokens: NDArray[np.int64], *, last: int, continued: int) -> None:
+        super().__init__(cancel=None, timeout=None)
+        assert 0 <= continued <= len(tokens) - last < len(tokens)
+        self._tokens = tokens
+        self._last = last
+        self._continued = continued
+
+    def run(self, slot: Slot) -> None:
+        """Feed what the cache does not hold, all but the last tokens without logits."""
+        if not self._continued or slot.rewind(self._tokens) != self._continued:
+            slot.clear()  # what is reused would depend on who asked for what before
+        unscored = self._tokens[slot.length : -self._last]
+        for piece in even_pieces(unscored, WIDEST):
+            if self.ended():
+                self.interrupted()
+                return
+            slot.feed(piece, scored=0)
+        self.put(slot.feed(self._tokens[-self._last :], scored=self._last).copy())
+
+    def interrupted(self) -> None:
+        """Put nothing in place of logits."""
+        self.put(None)
 
 
 def log_probabilities(

@@ -90,7 +90,7 @@ def failure(capsys: Capture, *argv: str) -> str:
 def test_help_names_every_command(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("run", "chat", "info", "bench", "export"):
+    for command in ("run", "chat", "info", "bench", "eval", "export"):
         assert f"\n    {command} " in out
 
 
@@ -821,6 +821,11 @@ def test_info_tells_what_was_measured(tiny_bundle: Path, tmp_path: Path, capsys:
     assert main(["info", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "KLD on books: 0.006 (float32: 0)" in out
+    manifest["quality"][0] |= {"standard_error": 0.00035, "window": 256, "stride": 128}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "KLD on books in windows of 256 tokens: 0.006 ± 0.00035 (float32: 0)" in out
     assert "4 bits, a scale per 32 weights, rtn" in out
 
 
