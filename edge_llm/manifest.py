@@ -145,8 +145,9 @@ class Quantization:
     """How the weight matrices are stored.
 
     Attributes:
-        method: "none", "rtn" (round to nearest), "gptq" or "awq" (the checkpoint's own), or
-            "foreign" (as another exporter did it).
+        method: "none", "rtn" (round to nearest), "calibrated" (rounded by the export for the
+            inputs that the weights have, see ``info.calibration``), "gptq" or "awq" (the
+            checkpoint's own), or "foreign" (as another exporter did it).
         bits: Bits of a weight; without a method 32 means float32 and 16 float16.
         block: Weights that share a scale, or None where a whole column or matrix does, or where
             there is none.

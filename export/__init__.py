@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipeline import export_model
+    from .quantize.calibration import Calibration
 
-__all__ = ["export_model"]
+__all__ = ["Calibration", "export_model"]
 
 
 def __getattr__(name: str) -> Any:
     # The export stack is imported on first use, so that `edge-llm --help` need not wait for it.
-    if name != "export_model":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .pipeline import export_model
+    from .quantize.calibration import Calibration
 
-    return export_model
+    return Calibration if name == "Calibration" else export_model

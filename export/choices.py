@@ -7,6 +7,7 @@ __all__ = [
     "DEFAULT_BLOCK",
     "DEFAULT_QUANTIZATION",
     "LONGEST_DEFAULT_CONTEXT",
+    "METHODS",
     "QUANTIZATIONS",
     "VIAS",
 ]
@@ -14,6 +15,9 @@ __all__ = [
 QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
 """Bits of a weight, by name."""
 DEFAULT_QUANTIZATION = "int4"  # of weights that the checkpoint has as floats
+
+METHODS = ("rtn", "gptq")
+"""How weights are rounded: to the nearest integers, or by GPTQ; the first is the default."""
 
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""

@@ -21,6 +21,7 @@ from .choices import (
     DEFAULT_BLOCK,
     DEFAULT_QUANTIZATION,
     LONGEST_DEFAULT_CONTEXT,
+    METHODS,
     QUANTIZATIONS,
     VIAS,
 )
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from edge_llm.manifest import Manifest
 
     from .pipeline import Progress
+    from .quantize.calibration import Calibration
 
 __all__ = ["COMMAND"]
 
@@ -52,6 +54,30 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=BLOCKS,
         help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help=f"how weights are rounded (default: {METHODS[0]}, to nearest); gptq takes minutes and "
+        "loses about half as much",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="text for --method gptq (default: the model writes it)",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="windows of that text (default: 64)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the text that the model writes (default: 0)"
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="keep what --method gptq has done there, so that the same command can go on after an "
+        "interruption",
     )
     parser.add_argument(
         "--max-context",
@@ -115,6 +141,9 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             arguments.output,
             quantize=arguments.quantize,
             block=arguments.block,
+            method=arguments.method,
+            calibration=_calibration(arguments),
+            work_dir=arguments.work_dir,
             max_context=arguments.max_context,
             via=arguments.via,
             revision=arguments.revision,
@@ -124,6 +153,16 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             progress=progress,
             warn=_warn,
         )
+
+
+def _calibration(arguments: argparse.Namespace) -> Calibration | None:
+    """What was said of it; None: nothing."""
+    from .quantize.calibration import Calibration
+
+    flags = {"text": "calibrate", "samples": "samples", "seed": "seed"}
+    given = {name: getattr(arguments, flag) for name, flag in flags.items()}
+    said = {name: value for name, value in given.items() if value is not None}
+    return Calibration(**said) if said else None
 
 
 @contextmanager

@@ -8,11 +8,15 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm import LLM
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from edge_llm.huggingface.tokenizer import TokenizerFiles, read_tokenizer
 from edge_llm.manifest import (
@@ -28,6 +32,7 @@ from edge_llm.manifest import (
 )
 from edge_llm.quality import read_text_file
 from edge_llm.staging import check_target, staged
+from edge_llm.text.tokenizer import Tokenizer
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
@@ -36,15 +41,25 @@ from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import open_weights, packed_tensor
 from .checkpoint.prequantized import Packing, read_packing
 from .checkpoint.weights import Weights
-from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
+from .choices import DEFAULT_BLOCK, LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
 from .config import read_config
 from .evaluate.figures import measure_quality
 from .evaluate.selfcheck import run_once
 from .fallback.model import PRODUCERS, OptimumModel, read_model
 from .graph.decoder import build_decoder
+from .graph.linear import Calibrated
 from .graph.recorder import GraphRecorder
-from .quantize.choice import check_choice, choose_storage, describe_storage
+from .quantize.calibrate import calibrate
+from .quantize.calibration import Calibration, draw_windows, read_windows
+from .quantize.choice import (
+    check_choice,
+    choose_calibration,
+    choose_storage,
+    describe_storage,
+)
+from .quantize.shelf import save_array
 from .quantize.storage import FLOAT32, Storage
+from .quantize.work import describe_calibration, matrices_folder, work_folder
 from .writer import BundleWriter
 
 __all__ = ["Progress", "export_model"]
@@ -69,6 +84,8 @@ class _Plan:
     storage: Storage
     packing: Packing | None
     context: int
+    calibration: Calibration | None
+    work_dir: Path | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +105,9 @@ def export_model(
     *,
     quantize: str | None = None,
     block: int | None = None,
+    method: str = METHODS[0],
+    calibration: Calibration | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     max_context: int | None = None,
     via: str = VIAS[0],
     revision: str | None = None,
@@ -106,6 +126,12 @@ def export_model(
         quantize: "fp32", "int8" or "int4" (default: "int4"). A checkpoint that GPTQ or AWQ
             quantized keeps its integers, unless "fp32" dequantizes them.
         block: Weights that share a scale: 32, 64 or 128 (default 32).
+        method: How floats are rounded: "rtn", to the nearest integers, or "gptq", for the inputs
+            that each matrix has when the model runs on some text.
+        calibration: That text, and how GPTQ is done (default: the model writes the text itself).
+        work_dir: A folder where GPTQ keeps each layer's result. An export that was interrupted
+            goes on from there if it is asked for the same again; it may be removed at any time
+            (default: a temporary one).
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         via: Who makes the graph: "builder" (the graph builder), "optimum" (optimum's exporter,
             extra ``optimum``), or "auto": optimum where the builder does not know the
@@ -134,6 +160,7 @@ def export_model(
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
     check_choice(quantize, block)
+    calibration = choose_calibration(method, calibration, work_dir, quantize)
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
@@ -142,7 +169,12 @@ def export_model(
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
-    plan = _read(checkpoint, quantize, block, max_context, ignore_config, via, say)
+    plan = replace(
+        _read(checkpoint, quantize, block, max_context, ignore_config, via, say),
+        calibration=calibration,
+        work_dir=None if work_dir is None else Path(work_dir),
+    )
+    _check_calibration(plan)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
     floats = plan.storage == FLOAT32
@@ -224,7 +256,29 @@ def _read(
         storage=storage,
         packing=packing,
         context=context,
+        calibration=None,
+        work_dir=None,
     )
+
+
+def _check_calibration(plan: _Plan) -> None:
+    """Refuse to calibrate what has no floats, or no layers that can be run one by one."""
+    if plan.calibration is None:
+        return
+    if plan.packing is not None:
+        raise ArgumentError(
+            "method",
+            "left out",
+            "gptq",
+            f"The checkpoint is quantized already ({plan.packing}) and keeps its integers.",
+        )
+    if not isinstance(plan.model, DecoderSpec):
+        raise ArgumentError(
+            "method",
+            f"{METHODS[0]!r} where optimum makes the graph",
+            "gptq",
+            "Only the graph builder knows a model layer by layer.",
+        )
 
 
 def _read_model(
@@ -283,20 +337,29 @@ def _build(
     if isinstance(plan.model, DecoderSpec):
         spec = plan.model.as_stored(weights.names)
         check_tensors(weights, spec)
-        graph, decoder = build_decoder(spec, weights, storage=plan.storage, context=plan.context)
         kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
         rounded = [
             name
             for name, shape in spec.tensor_shapes().items()
             if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
         ]
-        yield _Built(
-            graph=graph,
-            decoder=decoder,
-            dims=_dims(spec, plan.context),
-            quantization=describe_storage(plan.storage, plan.packing, rounded=rounded, kept=kept),
-            producers=(),
-        )
+        with _calibrated(plan, spec, weights, report) as calibrated:
+            graph, decoder = build_decoder(
+                spec, weights, storage=plan.storage, context=plan.context, calibrated=calibrated
+            )
+            yield _Built(
+                graph=graph,
+                decoder=decoder,
+                dims=_dims(spec, plan.context),
+                quantization=describe_storage(
+                    plan.storage,
+                    plan.packing,
+                    calibrated=plan.calibration is not None,
+                    rounded=rounded,
+                    kept=kept,
+                ),
+                producers=(),
+            )
         return
     report("tracing", 0, 1)
     with plan.model.traced(
@@ -315,6 +378,67 @@ def _build(
             quantization=describe_storage(plan.storage, kept=traced.kept),
             producers=PRODUCERS,
         )
+
+
+@contextmanager
+def _calibrated(
+    plan: _Plan, spec: DecoderSpec, weights: Weights, report: Progress
+) -> Iterator[Calibrated]:
+    """The matrices that are rounded for their inputs; they are on disk until the block ends."""
+    calibration = plan.calibration
+    if calibration is None:
+        yield {}
+        return
+    with work_folder(
+        plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
+    ) as work:
+        yield calibrate(
+            spec,
+            weights,
+            _windows(plan, calibration, weights, work, report),
+            storage=plan.storage,
+            context=plan.context,
+            calibration=calibration,
+            folder=matrices_folder(work, plan.storage),
+            minimum=MIN_ONNXRUNTIME,
+            report=report,
+        )
+
+
+def _windows(
+    plan: _Plan, calibration: Calibration, weights: Weights, work: Path, report: Progress
+) -> NDArray[np.int64]:
+    """The tokens to calibrate on, int64 [windows, tokens]."""
+    file = work / "windows.npy"
+    if file.exists():
+        stored: NDArray[np.int64] = np.load(file)
+        return stored
+    if calibration.text is None:
+        windows = _draw(plan, calibration, weights, report)
+    else:
+        tokenizer = Tokenizer.from_file(
+            plan.files.tokenizer_json,
+            bos=plan.files.bos,
+            eos=plan.files.eos,
+            add_bos=plan.files.add_bos,
+            vocab=plan.model.vocab,
+        )
+        windows = read_windows(tokenizer, calibration, context=plan.context)
+    save_array(file, windows)
+    return windows
+
+
+def _draw(
+    plan: _Plan, calibration: Calibration, weights: Weights, report: Progress
+) -> NDArray[np.int64]:
+    """Let the model write the text; at 8 bits it writes as it would in float32, but faster."""
+    draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None)
+    with tempfile.TemporaryDirectory(prefix="edge-llm-") as name:
+        folder = Path(name)
+        with _build(draft, weights, folder, report, lambda text: None) as built:
+            _write(draft, built, folder, report)
+        with LLM(folder, context=min(plan.context, calibration.tokens)) as llm:
+            return draw_windows(llm, calibration, report)
 
 
 def _write(plan: _Plan, built: _Built, stage: Path, report: Progress) -> Manifest:
@@ -355,7 +479,11 @@ def _manifest(
     plan: _Plan, built: _Built, chat: ChatTemplates, entries: Mapping[str, FileEntry]
 ) -> Manifest:
     checkpoint, files = plan.checkpoint, plan.files
-    ignored: dict[str, Any] = {"ignored_generation_config": list(files.ignored)}
+    info: dict[str, Any] = {}
+    if files.ignored:
+        info["ignored_generation_config"] = list(files.ignored)
+    if plan.calibration:
+        info["calibration"] = describe_calibration(plan.calibration)
     return Manifest(
         format=FORMAT,
         requires=(),
@@ -377,7 +505,7 @@ def _manifest(
         files=entries,
         quality=(),
         producer={name: version(name) for name in (*_PRODUCERS, *built.producers)},
-        info=ignored if files.ignored else {},
+        info=info,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from ..architectures.spec import DecoderSpec, NormSpec, QKNormSpec
 from ..checkpoint.packed import packed_tensor
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
-from .linear import project
+from .linear import Calibrated, project
 from .matrices import (
     CheckpointMatrix,
     MappedColumns,
@@ -42,6 +42,8 @@ class LayerBuilder:
         spec: The architecture.
         storage: How matrices are stored.
         tables: Names of the cosines and sines of each rotary embedding.
+        calibrated: Matrices that are quantized already.
+        projections: What was recorded: the place, the input's name, and the weight.
     """
 
     graph: GraphRecorder
@@ -49,6 +51,8 @@ class LayerBuilder:
     spec: DecoderSpec
     storage: Storage
     tables: Mapping[RopeConfig, tuple[str, str]]
+    calibrated: Calibrated = field(default_factory=dict)
+    projections: list[tuple[str, str, Matrix]] = field(default_factory=list)
 
     def norm(self, name: str, path: str, source: str, *, scale: float = 1.0) -> str:
         """The norm of ``source``, times ``scale``."""
@@ -96,12 +100,10 @@ class LayerBuilder:
         path = f"/model/layers.{layer}/attn"
         maps = self._head_maps(layer)
         parts = list(zip(names.qkv, maps, strict=True))
-        packed = project(
-            self.graph,
+        packed = self._project(
             f"{path}/qkv_proj",
             source,
             Stacked([self._rows(name, layer, index) for name, index in parts]),
-            self.storage,
             np.concatenate([self._bias(name, layer)[index] * (index >= 0) for name, index in parts])
             if spec.qkv_bias
             else None,
@@ -114,12 +116,10 @@ class LayerBuilder:
         if spec.head_dim != spec.padded_head_dim:
             columns = head_map(spec.heads, spec.head_dim, spec.padded_head_dim)
             output = MappedColumns(output, columns)
-        return project(
-            self.graph,
+        return self._project(
             f"{path}/o_proj",
             attended,
             output,
-            self.storage,
             self._bias(names.attention_output, layer) if spec.output_bias else None,
         )
 
@@ -131,12 +131,10 @@ class LayerBuilder:
         spec, names = self.spec, self.spec.names
         path = f"/model/layers.{layer}/mlp"
         # One product and a Split take 2 to 5 % less of a decode step than two products.
-        wide = project(
-            self.graph,
+        wide = self._project(
             f"{path}/{'gate_up_proj' if spec.gated else 'up_proj'}",
             source,
             Stacked([self._matrix(name, layer) for name in names.gate_up]),
-            self.storage,
             np.concatenate([self._bias(name, layer) for name in names.gate_up])
             if spec.mlp_bias
             else None,
@@ -146,13 +144,19 @@ class LayerBuilder:
             active = self.graph.op("Mul", f"{path}/Mul", [self._activation(path, gate), up])
         else:
             active = self._activation(path, wide)
-        return project(
-            self.graph,
+        return self._project(
             f"{path}/down_proj",
             active,
             self._matrix(names.down, layer),
-            self.storage,
             self._bias(names.down, layer) if spec.mlp_bias else None,
+        )
+
+    def _project(
+        self, path: str, source: str, matrix: Matrix, bias: NDArray[np.float32] | None
+    ) -> str:
+        self.projections.append((path, source, matrix))
+        return project(
+            self.graph, path, source, matrix, self.storage, bias, calibrated=self.calibrated
         )
 
     def _activation(self, path: str, source: str) -> str:

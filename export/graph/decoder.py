@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from edge_llm.manifest import DecoderGraph, StateTensor
@@ -11,20 +13,35 @@ from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
 from ..quantize.storage import Storage
 from .blocks import LayerBuilder
-from .linear import Vocabulary
+from .linear import Calibrated, Vocabulary
 from .matrices import CheckpointMatrix, Matrix, Scaled
 from .positions import embed_positions
 from .recorder import GraphRecorder
 from .rotary import rotary_tables
 
-__all__ = ["GRAPH_FILE", "LAYOUT", "build_decoder"]
+__all__ = [
+    "GRAPH_FILE",
+    "LAYOUT",
+    "build_decoder",
+    "declare_lengths",
+    "declare_state",
+    "head_scale",
+    "keep_rotary_tables",
+    "record_embedding",
+    "record_layer",
+]
 
 GRAPH_FILE = "model.onnx"
 LAYOUT = "edge_llm.v1"
 
 
 def build_decoder(
-    spec: DecoderSpec, weights: Weights, *, storage: Storage, context: int
+    spec: DecoderSpec,
+    weights: Weights,
+    *,
+    storage: Storage,
+    context: int,
+    calibrated: Calibrated | None = None,
 ) -> tuple[GraphRecorder, DecoderGraph]:
     """Record the graph of a decoder.
 
@@ -33,43 +50,64 @@ def build_decoder(
         weights: The checkpoint, read when the graph is written.
         storage: How the matrices are stored.
         context: Positions of the rotary tables, the longest sequence that the graph can take.
+        calibrated: Matrices that are quantized already.
 
     Returns:
         The graph, and what the manifest says of it.
     """
     spec = spec.within(context)
     graph = GraphRecorder(spec.architecture)
-    _declare_inputs(graph)
-    state = _declare_state(graph, spec)
-    layers = LayerBuilder(graph, weights, spec, storage, _keep_rotary_tables(graph, spec, context))
+    graph.input("input_ids", np.int64, ["batch", "tokens"])
+    declare_lengths(graph)
+    graph.input("logits_index", np.int64, ["scored"])
+    state = declare_state(graph, spec, range(spec.layers))
+    tables = keep_rotary_tables(graph, spec, context)
+    layers = LayerBuilder(graph, weights, spec, storage, tables, calibrated or {})
     names = spec.names
-    matrix: Matrix = CheckpointMatrix(weights, f"{names.embedding}.weight")
-    if spec.embedding_scale != 1:
-        matrix = Scaled(matrix, spec.embedding_scale)
-    embedding = Vocabulary(graph, "embed_tokens", matrix, storage)
-    residual = embedding.embed("input_ids")
-    branch = ""
-    if names.positions:
-        branch = embed_positions(graph, weights, f"{names.positions}.weight", context)
+    embedding, residual, branch = record_embedding(layers, context)
     for i in range(spec.layers):
-        branch, residual = _record_layer(layers, i, branch, residual)
+        branch, residual = record_layer(layers, i, branch, residual, last=i == spec.layers - 1)
     head = embedding
-    scale = spec.logits_scale / (spec.logits_softcap or 1)
-    if spec.tied:
-        # The head is the embedding as it is stored, scaled: the last norm takes that back.
-        scale /= spec.embedding_scale
-    else:
-        head = Vocabulary(
-            graph, "lm_head", CheckpointMatrix(weights, f"{names.head}.weight"), storage
-        )
+    if not spec.tied:
+        matrix = CheckpointMatrix(weights, f"{names.head}.weight")
+        head = Vocabulary(graph, "lm_head", matrix, storage, calibrated=calibrated)
+    scale = head_scale(spec)
     normed, _ = layers.enter(names.final_norm, "/model/norm", branch, residual, scale=scale)
     head.logits(normed, softcap=spec.logits_softcap)
     graph.output("logits", np.float32, ["scored", spec.vocab])
     return graph, DecoderGraph(graph=GRAPH_FILE, layout=LAYOUT, state=state)
 
 
-def _record_layer(layers: LayerBuilder, index: int, branch: str, residual: str) -> tuple[str, str]:
-    """Record a block; takes and gives a branch's result that is not yet added, and the stream."""
+def record_embedding(layers: LayerBuilder, context: int) -> tuple[Vocabulary, str, str]:
+    """Record the embedding: the matrix, the stream, and learned positions to be added to it."""
+    graph, weights, spec = layers.graph, layers.weights, layers.spec
+    matrix: Matrix = CheckpointMatrix(weights, f"{spec.names.embedding}.weight")
+    if spec.embedding_scale != 1:
+        matrix = Scaled(matrix, spec.embedding_scale)
+    embedding = Vocabulary(
+        graph, "embed_tokens", matrix, layers.storage, calibrated=layers.calibrated
+    )
+    residual = embedding.embed("input_ids")
+    if not spec.names.positions:
+        return embedding, residual, ""
+    table = f"{spec.names.positions}.weight"
+    return embedding, residual, embed_positions(graph, weights, table, context)
+
+
+def head_scale(spec: DecoderSpec) -> float:
+    """What the last norm's result is multiplied by, so that the head need not be."""
+    scale = spec.logits_scale / (spec.logits_softcap or 1)
+    # A tied head is the embedding as it is stored, scaled: the last norm takes that back.
+    return scale / spec.embedding_scale if spec.tied else scale
+
+
+def record_layer(
+    layers: LayerBuilder, index: int, branch: str, residual: str, *, last: bool
+) -> tuple[str, str]:
+    """Record a block; takes and gives a branch's result that is not yet added, and the stream.
+
+    The ``last`` block gives the rows ``logits_index`` only.
+    """
     graph, spec = layers.graph, layers.spec
     names, path = spec.names, f"/model/layers.{index}"
 
@@ -84,7 +122,7 @@ def _record_layer(layers: LayerBuilder, index: int, branch: str, residual: str) 
         named(names.attention_norm), f"{path}/attention_norm", branch, residual
     )
     branch = layers.attention(index, normed)
-    if index == spec.layers - 1:
+    if last:
         # Behind the last attention only the rows to be scored matter: nothing else of a prompt
         # passes through the last MLP and the head.
         branch = _gather_rows(graph, "/model/branch_rows", branch, spec.hidden)
@@ -100,7 +138,7 @@ def _record_layer(layers: LayerBuilder, index: int, branch: str, residual: str) 
     return leave(names.mlp_post_norm, "mlp_post_norm", layers.mlp(index, normed)), residual
 
 
-def _keep_rotary_tables(
+def keep_rotary_tables(
     graph: GraphRecorder, spec: DecoderSpec, context: int
 ) -> dict[RopeConfig, tuple[str, str]]:
     """Names of the cosines and sines of each rotary embedding that a layer has."""
@@ -119,19 +157,21 @@ def _keep_rotary_tables(
     return tables
 
 
-def _declare_inputs(graph: GraphRecorder) -> None:
-    graph.input("input_ids", np.int64, ["batch", "tokens"])
+def declare_lengths(graph: GraphRecorder) -> None:
+    """Declare the inputs that say how long each row is."""
     graph.input("query_lens", np.int32, ["batch"])
     graph.input("seqlens_k", np.int32, ["batch"])
     graph.input("total_sequence_length", np.int32, [])
-    graph.input("logits_index", np.int64, ["scored"])
 
 
-def _declare_state(graph: GraphRecorder, spec: DecoderSpec) -> tuple[StateTensor, ...]:
+def declare_state(
+    graph: GraphRecorder, spec: DecoderSpec, layers: Iterable[int]
+) -> tuple[StateTensor, ...]:
     """One key and one value buffer per layer: [batch, kv_heads, capacity, head_dim]."""
     shape = ("batch", spec.kv_heads, "capacity", spec.padded_head_dim)
     state = []
-    for i, attention in enumerate(spec.attention):
+    for i in layers:
+        attention = spec.attention[i]
         # The buffers of windows have a capacity of their own.
         length = f"capacity_{attention.window}" if attention.window else "capacity"
         declared = ("batch", spec.kv_heads, length, spec.padded_head_dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,10 @@ from .matrices import Matrix
 from .quantized import quantized_parts
 from .recorder import GraphRecorder, TensorInfo
 
-__all__ = ["Vocabulary", "project"]
+__all__ = ["Calibrated", "Vocabulary", "constant_name", "project"]
+
+Calibrated = Mapping[str, QuantizedMatrix]
+"""Matrices that are quantized already, by the name of their weight in the graph."""
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)
@@ -35,6 +40,8 @@ def project(
     matrix: Matrix,
     storage: Storage,
     bias: NDArray[np.float32] | None = None,
+    *,
+    calibrated: Calibrated | None = None,
 ) -> str:
     """``source`` [..., columns] times the transposed matrix [rows, columns], plus a bias [rows].
 
@@ -47,21 +54,22 @@ def project(
         matrix: The weight as the checkpoint has it.
         storage: How to store it, unless the checkpoint has it as integers, which stay as they are.
         bias: Added to every row of the product.
+        calibrated: Matrices that are quantized already, by name; the others are rounded.
     """
+    name = constant_name(path)
     if storage.block is None:
-        name = _constant_name(path)
         weight, (rows, columns) = f"{name}.weight", matrix.shape
         graph.defer([TensorInfo(weight, FLOAT, (columns, rows))], lambda: [[transposed(matrix)]])
         product = graph.op("MatMul", f"{path}/MatMul", [source, weight])
         if bias is None:
             return product
         return graph.op("Add", f"{path}/Add", [product, graph.constant(f"{name}.bias", bias)])
-    parts = quantized_parts(matrix, storage)
+    parts = _parts(name, matrix, storage, calibrated)
     paths = [path] if len(parts) == 1 else [f"{path}/{i}" for i in range(len(parts))]
     stops = np.cumsum([part.shape[0] for part in parts])
     biases = [None] * len(parts) if bias is None else np.split(bias, stops[:-1])
     products = [
-        _QuantizedWeight(graph, _constant_name(at), part).multiply(at, source, share)
+        _QuantizedWeight(graph, constant_name(at), part).multiply(at, source, share)
         for at, part, share in zip(paths, parts, biases, strict=True)
     ]
     if len(products) == 1:
@@ -72,7 +80,15 @@ def project(
 class Vocabulary:
     """A matrix with a row per token: the embedding, the head, or both on one stored tensor."""
 
-    def __init__(self, graph: GraphRecorder, name: str, matrix: Matrix, storage: Storage) -> None:
+    def __init__(
+        self,
+        graph: GraphRecorder,
+        name: str,
+        matrix: Matrix,
+        storage: Storage,
+        *,
+        calibrated: Calibrated | None = None,
+    ) -> None:
         self._graph = graph
         self._columns = matrix.shape[1]
         self._quantized: _QuantizedWeight | None = None
@@ -81,7 +97,7 @@ class Vocabulary:
             info = TensorInfo(self._weight, FLOAT, matrix.shape)
             graph.defer([info], lambda: [float_rows(matrix)])
         else:
-            (part,) = quantized_parts(matrix, storage)
+            (part,) = _parts(name, matrix, storage, calibrated)
             self._quantized = _QuantizedWeight(graph, name, part)
 
     def embed(self, tokens: str) -> str:
@@ -187,5 +203,14 @@ class _QuantizedWeight:
         return graph.op("Slice", f"{path}/Slice", [flat, *bounds])
 
 
-def _constant_name(path: str) -> str:
+def constant_name(path: str) -> str:
+    """What the weight of the projection at ``path`` is called."""
     return path.strip("/").replace("/", ".")
+
+
+def _parts(
+    name: str, matrix: Matrix, storage: Storage, calibrated: Calibrated | None
+) -> list[QuantizedMatrix]:
+    if calibrated and name in calibrated:
+        return [calibrated[name]]
+    return quantized_parts(matrix, storage)

@@ -8,10 +8,11 @@ from edge_llm.errors import ArgumentError
 from edge_llm.manifest import Quantization, TensorQuantization
 
 from ..checkpoint.prequantized import Packing
-from ..choices import BLOCKS, DEFAULT_BLOCK, DEFAULT_QUANTIZATION, QUANTIZATIONS
+from ..choices import BLOCKS, DEFAULT_BLOCK, DEFAULT_QUANTIZATION, METHODS, QUANTIZATIONS
+from .calibration import Calibration
 from .storage import FLOAT32, Storage
 
-__all__ = ["check_choice", "choose_storage", "describe_storage"]
+__all__ = ["check_choice", "choose_calibration", "choose_storage", "describe_storage"]
 
 
 def check_choice(quantize: str | None, block: int | None) -> None:
@@ -53,10 +54,33 @@ def choose_storage(quantize: str | None, block: int | None, packing: Packing | N
     return Storage(bits, block or DEFAULT_BLOCK)
 
 
+def choose_calibration(
+    method: str, calibration: Calibration | None, work_dir: object, quantize: str | None
+) -> Calibration | None:
+    """How to calibrate; None: not at all.
+
+    Raises:
+        ArgumentError: An argument is outside its domain, or of no use to the method.
+    """
+    if method not in METHODS:
+        raise ArgumentError("method", f"one of {', '.join(METHODS)}", method)
+    if method == "gptq":
+        if quantize == "fp32":
+            raise ArgumentError("method", "left out with fp32, which rounds nothing", method)
+        return calibration or Calibration()
+    for name, value in (("calibration", calibration), ("work_dir", work_dir)):
+        if value is not None:
+            raise ArgumentError(
+                name, f"left out with method {method!r}, which is not calibrated", value
+            )
+    return None
+
+
 def describe_storage(
     storage: Storage,
     packing: Packing | None = None,
     *,
+    calibrated: bool = False,
     rounded: Iterable[str] = (),
     kept: Iterable[str] = (),
 ) -> Quantization:
@@ -65,6 +89,7 @@ def describe_storage(
     Args:
         storage: How what the checkpoint has as floats is stored.
         packing: The checkpoint's integers.
+        calibrated: Whether the projections were rounded for their inputs.
         rounded: The matrices that it has as floats, named if they are not stored as most are.
         kept: Matrices that stay float32 whatever the storage.
     """
@@ -75,7 +100,7 @@ def describe_storage(
         most = TensorQuantization(bits=packing.bits, block=packing.block)
     exceptions = {} if other == most else dict.fromkeys(rounded, other)
     return Quantization(
-        method="rtn" if packing is None else packing.method,
+        method=packing.method if packing else "calibrated" if calibrated else "rtn",
         bits=most.bits,
         block=most.block,
         exceptions=exceptions | dict.fromkeys(kept, TensorQuantization(bits=32, block=None)),

@@ -1,0 +1,122 @@
+"""The decoder in graphs of its own for each part: the embedding, a layer, the last norm.
+
+A part computes what it computes inside the whole decoder. The stream enters and leaves each part
+as one sum, float32 [batch, tokens, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_llm.manifest import StateTensor
+
+from ..architectures.spec import DecoderSpec
+from ..checkpoint.weights import Weights
+from ..quantize.storage import Storage
+from .blocks import LayerBuilder
+from .decoder import (
+    declare_lengths,
+    declare_state,
+    head_scale,
+    keep_rotary_tables,
+    record_embedding,
+    record_layer,
+)
+from .linear import Calibrated, constant_name
+from .matrices import CheckpointMatrix, Matrix
+from .recorder import GraphRecorder
+
+__all__ = ["Part", "Projection", "build_embedding", "build_final_norm", "build_layer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A weight, and the name of what it multiplies."""
+
+    input: str
+    matrix: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A graph, and what goes in and out of it.
+
+    Attributes:
+        graph: The graph.
+        input: Name of the tokens, int64 [batch, tokens], or of the stream.
+        output: Name of the stream behind the part.
+        state: Its key and value buffers.
+        projections: Its weights, by their names in the graph. What they multiply is an output too,
+            where the storage is float32.
+    """
+
+    graph: GraphRecorder
+    input: str
+    output: str
+    state: tuple[StateTensor, ...]
+    projections: Mapping[str, Projection]
+
+
+def build_embedding(spec: DecoderSpec, weights: Weights, *, storage: Storage, context: int) -> Part:
+    """Record the embedding, positions included."""
+    graph = GraphRecorder(spec.architecture)
+    graph.input("input_ids", np.int64, ["batch", "tokens"])
+    declare_lengths(graph)
+    layers = LayerBuilder(graph, weights, spec, storage, {})
+    _, residual, branch = record_embedding(layers, context)
+    output = layers.add("/Add", branch, residual) if branch else residual
+    graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
+    return Part(graph, "input_ids", output, (), {})
+
+
+def build_layer(
+    spec: DecoderSpec,
+    weights: Weights,
+    index: int,
+    *,
+    storage: Storage,
+    context: int,
+    calibrated: Calibrated,
+) -> Part:
+    """Record one layer.
+
+    Args:
+        spec: The architecture.
+        weights: The checkpoint.
+        index: The layer.
+        storage: How its matrices are stored.
+        context: Positions of the rotary tables.
+        calibrated: Matrices that are quantized already.
+    """
+    spec = spec.within(context)
+    graph = GraphRecorder(spec.architecture)
+    source = graph.input("residual", np.float32, ["batch", "tokens", spec.hidden])
+    declare_lengths(graph)
+    state = declare_state(graph, spec, [index])
+    tables = keep_rotary_tables(graph, spec, context)
+    layers = LayerBuilder(graph, weights, spec, storage, tables, calibrated)
+    output = layers.add("/Add", *record_layer(layers, index, "", source, last=False))
+    graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
+    found = {
+        constant_name(path): Projection(name, matrix) for path, name, matrix in layers.projections
+    }
+    if storage.block is None:
+        widths = {one.input: one.matrix.shape[1] for one in found.values()}
+        for name, width in widths.items():
+            graph.output(name, np.float32, ["batch", "tokens", width])
+    return Part(graph, source, output, state, found)
+
+
+def build_final_norm(spec: DecoderSpec, weights: Weights) -> Part:
+    """Record the norm whose result an untied head multiplies."""
+    graph = GraphRecorder(spec.architecture)
+    source = graph.input("residual", np.float32, ["batch", "tokens", spec.hidden])
+    declare_lengths(graph)
+    layers = LayerBuilder(graph, weights, spec, Storage(32, None), {})
+    output = layers.norm(spec.names.final_norm, "/model/norm", source, scale=head_scale(spec))
+    graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
+    head = CheckpointMatrix(weights, f"{spec.names.head}.weight")
+    return Part(graph, source, output, (), {"lm_head": Projection(output, head)})

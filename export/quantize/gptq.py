@@ -1,0 +1,205 @@
+"""GPTQ: rounding a matrix so that what one column loses, the columns after it make up for.
+
+GPTQ (arXiv 2210.17323) takes the columns one after the other and, with the inverse of the inputs'
+second moments, changes those that are still floats. QuIP (arXiv 2307.13304, theorem 6) shows that
+this is the same as rounding column k of ``W`` to ``W_k + (W - Q)[:, :k] U[:k, k]``, where
+``H = U D U^T`` with a unit upper triangle ``U``: no inverse is needed, no weight is changed, and
+what is lost in all, ``tr((W - Q) H (W - Q)^T)``, is column by column ``D_k`` times the square of
+what rounding to that target loses. So a scale is searched for least such loss, when the columns in
+front of its block are rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.errors import ArgumentError
+
+from ..graph.matrices import Matrix
+from .packing import Blocks, block_count, blocks_of
+from .storage import Storage
+
+__all__ = ["DEFAULT_DAMPING", "Feedback", "GPTQMatrix", "factorize", "search_scales"]
+
+DEFAULT_DAMPING = 0.01
+
+# Which shares of the scale that just reaches the largest weight are tried, by bits: what is cut
+# off is worth it where few integers have to do.
+_SHARES = {4: np.linspace(0.5, 1.1, 25, dtype=np.float32), 8: np.array([0.98, 1], np.float32)}
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What rounding must know of the inputs; columns are filled up to whole blocks.
+
+    Attributes:
+        order: In which order the columns are rounded, int64 [columns]. A block's stay together, so
+            that the storage needs no order.
+        upper: ``U`` in that order, float64 [columns, columns], 1 on its diagonal.
+        loss: ``D`` in that order, float64 [columns].
+        block: Weights that share a scale.
+    """
+
+    order: NDArray[np.int64]
+    upper: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    block: int
+
+
+def factorize(
+    moments: NDArray[np.float64],
+    *,
+    block: int,
+    damping: float = DEFAULT_DAMPING,
+    act_order: bool = False,
+) -> Feedback:
+    """Factorize the inputs' second moments.
+
+    Args:
+        moments: ``X^T X`` of inputs ``X`` [samples, columns], float64 [columns, columns].
+        block: Weights that share a scale.
+        damping: What is added to the diagonal, as a share of its mean over columns with any input.
+            A column without, as those that pad heads, is thereby rounded to nearest.
+        act_order: Round the columns with the strongest inputs first: blocks by their sum, and a
+            block's columns among themselves.
+
+    Raises:
+        ArgumentError: ``damping`` is outside its domain, or too small for these moments.
+    """
+    if not 0 < damping <= 1:
+        raise ArgumentError("damping", "above 0 and at most 1", damping)
+    columns = len(moments)
+    width = block_count(columns, block) * block
+    padded = np.zeros((width, width))
+    padded[:columns, :columns] = moments
+    energy = padded.diagonal().copy()
+    live = energy > 0
+    padded.flat[:: width + 1] += damping * energy[live].mean() if live.any() else 1.0
+    order = _strongest_first(energy, block) if act_order else np.arange(width)
+    # The lower factor of the matrix turned by 180 degrees is the upper one, turned.
+    try:
+        turned = np.linalg.cholesky(padded[np.ix_(order[::-1], order[::-1])])
+    except np.linalg.LinAlgError as error:
+        raise ArgumentError(
+            "damping",
+            "large enough for the moments to be factorized",
+            damping,
+            "Pass a larger one.",
+        ) from error
+    upper = turned[::-1, ::-1].astype(np.float64)
+    root = upper.diagonal().copy()
+    return Feedback(order, np.divide(upper, root), np.square(root), block)
+
+
+def _strongest_first(energy: NDArray[np.float64], block: int) -> NDArray[np.int64]:
+    """Columns in falling order of energy inside blocks, which are in falling order of theirs."""
+    blocks = energy.reshape(-1, block)
+    inside = np.argsort(-blocks, axis=1, kind="stable")
+    across = np.argsort(-blocks.sum(axis=1), kind="stable")
+    return (inside + np.arange(len(blocks))[:, None] * block)[across].reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQMatrix:
+    """A float matrix, rounded by GPTQ when its rows are read; a ``QuantizedMatrix``.
+
+    Rows know nothing of one another, so any number of them may be read at a time.
+    """
+
+    source: Matrix
+    storage: Storage
+    feedback: Feedback
+    order: None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.source.shape
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        """Rows [start, stop)."""
+        bits, block, feedback = self.storage.bits, self.feedback.block, self.feedback
+        rows = blocks_of(self.source.read(start, stop), block)
+        weights = rows.reshape(len(rows), -1).T[feedback.order].astype(np.float64)
+        integers, scales = _round(weights, feedback, bits)
+        stored = np.empty(integers.shape, np.uint8)
+        stored[feedback.order] = integers
+        ordered = np.empty(scales.shape, np.float32)
+        ordered[feedback.order[::block] // block] = scales
+        return Blocks(
+            np.ascontiguousarray(stored.T).reshape(rows.shape),
+            np.ascontiguousarray(ordered.T),
+            np.full(rows.shape[:2], 1 << (bits - 1), np.uint8),
+        )
+
+
+def _round(
+    weights: NDArray[np.float64], feedback: Feedback, bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Round weights [columns, rows], both in the order of rounding.
+
+    Returns:
+        Integers, uint8 [columns, rows], and scales, float32 [blocks, rows].
+    """
+    half, block, upper = 1 << (bits - 1), feedback.block, feedback.upper
+    columns, rows = weights.shape
+    integers = np.empty((columns, rows), np.uint8)
+    scales = np.empty((columns // block, rows), np.float32)
+    errors = np.empty_like(weights)
+    for index, start in enumerate(range(0, columns, block)):
+        stop = start + block
+        made_up = upper[:start, start:stop].T @ errors[:start]
+        # What the targets will be if this block's own columns lose nothing.
+        ahead = weights[start:stop] + np.linalg.solve(upper[start:stop, start:stop].T, made_up)
+        scale = search_scales(ahead.astype(np.float32), feedback.loss[start:stop], bits=bits)
+        inverse = np.divide(1.0, scale, out=np.zeros(rows), where=scale != 0)
+        for k in range(start, stop):
+            target = weights[k] + made_up[k - start] + upper[start:k, k] @ errors[start:k]
+            integer = np.clip(np.rint(target * inverse), -half, half - 1)
+            integers[k] = integer + half
+            errors[k] = weights[k] - integer * scale
+        scales[index] = scale
+    return integers, scales
+
+
+def search_scales(
+    weights: NDArray[np.float32], loss: NDArray[np.float64], *, bits: int
+) -> NDArray[np.float32]:
+    """The scale of each row's block that loses least, of some shares of its largest weight's.
+
+    Args:
+        weights: float32 [block, rows].
+        loss: What the square of a weight's error costs, float64 [block].
+        bits: 4 or 8.
+
+    Returns:
+        float32 [rows]; 0 where all weights are so small that a scale's inverse overflows.
+    """
+    half = 1 << (bits - 1)
+    highest, lowest = weights.max(axis=0), weights.min(axis=0)
+    full = np.where(highest > -lowest, highest, lowest) / np.float32(-half)
+    usable = np.abs(full) >= 4 * np.finfo(np.float32).tiny
+    full = np.where(usable, full, np.float32(1))
+    cost = (loss / loss.sum()).astype(np.float32)
+    best, least = full, np.full(len(full), np.inf, np.float32)
+    for share in _SHARES[bits]:
+        scale = full * share
+        integers = weights / scale
+        np.rint(integers, out=integers)
+        np.clip(integers, -half, half - 1, out=integers)
+        # Of the scales with these integers, the one of least squares.
+        weighted = cost[:, None] * integers
+        squares = (weighted * integers).sum(axis=0)
+        fitted = (weighted * weights).sum(axis=0)
+        scale = np.divide(fitted, squares, out=scale, where=squares > 0)
+        integers *= scale
+        integers -= weights
+        np.square(integers, out=integers)
+        lost = cost @ integers
+        better = lost < least
+        best, least = np.where(better, scale, best), np.where(better, lost, least)
+    best = np.where(usable & (np.abs(best) >= np.finfo(np.float32).tiny), best, np.float32(0))
+    return best.astype(np.float32)
