@@ -3,100 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_llm import LLM
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from edge_llm.huggingface.tokenizer import TokenizerFiles, read_tokenizer
-from edge_llm.manifest import (
-    FORMAT,
-    ChatTemplates,
-    DecoderGraph,
-    Dims,
-    FileEntry,
-    Manifest,
-    Quantization,
-    Source,
-    Tokens,
-)
+from edge_llm.huggingface.tokenizer import read_tokenizer
+from edge_llm.manifest import Manifest
 from edge_llm.quality import read_text_file
 from edge_llm.staging import check_target, staged
-from edge_llm.text.tokenizer import Tokenizer
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
-from .architectures.tensors import check_tensors
+from .building import build, write
 from .checkpoint.hub import Checkpoint, resolve
-from .checkpoint.packed import open_weights, packed_tensor
-from .checkpoint.prequantized import Packing, read_packing
-from .checkpoint.weights import Weights
-from .choices import DEFAULT_BLOCK, LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
+from .checkpoint.packed import open_weights
+from .checkpoint.prequantized import read_packing
+from .choices import LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
 from .config import read_config
 from .evaluate.figures import measure_quality
 from .evaluate.selfcheck import run_once
-from .fallback.model import PRODUCERS, OptimumModel, read_model
-from .graph.decoder import build_decoder
-from .graph.linear import Calibrated
-from .graph.recorder import GraphRecorder
-from .quantize.calibrate import calibrate
-from .quantize.calibration import Calibration, draw_windows, read_windows
-from .quantize.choice import (
-    check_choice,
-    choose_calibration,
-    choose_storage,
-    describe_storage,
-)
-from .quantize.shelf import save_array
-from .quantize.storage import FLOAT32, Storage
-from .quantize.work import describe_calibration, matrices_folder, work_folder
+from .fallback.model import OptimumModel, read_model
+from .plan import Plan, Progress
+from .quantize.calibration import Calibration
+from .quantize.choice import check_choice, choose_calibration, choose_storage
+from .quantize.storage import FLOAT32
 from .writer import BundleWriter
 
 __all__ = ["Progress", "export_model"]
-
-MIN_ONNXRUNTIME = "1.32"
-
-_PRODUCERS = ("edge-llm", "onnx", "numpy", "onnxruntime")
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """All that is known before the weights are read.
-
-    ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
-    """
-
-    checkpoint: Checkpoint
-    model: DecoderSpec | OptimumModel
-    files: TokenizerFiles
-    storage: Storage
-    packing: Packing | None
-    context: int
-    calibration: Calibration | None
-    work_dir: Path | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Built:
-    """A graph, and what the manifest says of it."""
-
-    graph: GraphRecorder
-    decoder: DecoderGraph
-    dims: Dims
-    quantization: Quantization
-    producers: tuple[str, ...]
 
 
 def export_model(
@@ -182,8 +120,8 @@ def export_model(
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
         staged(target, overwrite=overwrite) as stage,
     ):
-        with _build(plan, weights, stage, report, say) as built:
-            manifest = _write(plan, built, stage, report)
+        with build(plan, weights, stage, report, say) as built:
+            manifest = write(plan, built, stage, report)
         report("verifying", 0, 1)
         run_once(stage, warn=say)
         report("verifying", 1, 1)
@@ -203,7 +141,7 @@ def export_model(
 
 @contextmanager
 def _original(
-    plan: _Plan,
+    plan: Plan,
     stage: Path,
     target: Path,
     via: str,
@@ -240,7 +178,7 @@ def _read(
     ignore: Collection[str],
     via: str,
     say: Callable[[str], None],
-) -> _Plan:
+) -> Plan:
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
     packing = read_packing(config, ignore=ignore)
@@ -249,7 +187,7 @@ def _read(
     context = _context(model, max_context, say)
     files = read_tokenizer(checkpoint.path, config)
     files.check(model.vocab)
-    return _Plan(
+    return Plan(
         checkpoint=checkpoint,
         model=model,
         files=files,
@@ -261,7 +199,7 @@ def _read(
     )
 
 
-def _check_calibration(plan: _Plan) -> None:
+def _check_calibration(plan: Plan) -> None:
     """Refuse to calibrate what has no floats, or no layers that can be run one by one."""
     if plan.calibration is None:
         return
@@ -327,197 +265,3 @@ def _context(
             f"max_context {max_context} shorter texts are answered by the long ones too"
         )
     return max_context
-
-
-@contextmanager
-def _build(
-    plan: _Plan, weights: Weights, stage: Path, report: Progress, say: Callable[[str], None]
-) -> Iterator[_Built]:
-    """The graph, whose weights can be computed until the block ends."""
-    if isinstance(plan.model, DecoderSpec):
-        spec = plan.model.as_stored(weights.names)
-        check_tensors(weights, spec)
-        kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
-        rounded = [
-            name
-            for name, shape in spec.tensor_shapes().items()
-            if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
-        ]
-        with _calibrated(plan, spec, weights, report) as calibrated:
-            graph, decoder = build_decoder(
-                spec, weights, storage=plan.storage, context=plan.context, calibrated=calibrated
-            )
-            yield _Built(
-                graph=graph,
-                decoder=decoder,
-                dims=_dims(spec, plan.context),
-                quantization=describe_storage(
-                    plan.storage,
-                    plan.packing,
-                    calibrated=plan.calibration is not None,
-                    rounded=rounded,
-                    kept=kept,
-                ),
-                producers=(),
-            )
-        return
-    report("tracing", 0, 1)
-    with plan.model.traced(
-        plan.checkpoint.path,
-        stage,
-        storage=plan.storage,
-        context=plan.context,
-        minimum=MIN_ONNXRUNTIME,
-        warn=say,
-    ) as traced:
-        report("tracing", 1, 1)
-        yield _Built(
-            graph=traced.graph,
-            decoder=traced.decoder,
-            dims=traced.dims,
-            quantization=describe_storage(plan.storage, kept=traced.kept),
-            producers=PRODUCERS,
-        )
-
-
-@contextmanager
-def _calibrated(
-    plan: _Plan, spec: DecoderSpec, weights: Weights, report: Progress
-) -> Iterator[Calibrated]:
-    """The matrices that are rounded for their inputs; they are on disk until the block ends."""
-    calibration = plan.calibration
-    if calibration is None:
-        yield {}
-        return
-    with work_folder(
-        plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
-    ) as work:
-        yield calibrate(
-            spec,
-            weights,
-            _windows(plan, calibration, weights, work, report),
-            storage=plan.storage,
-            context=plan.context,
-            calibration=calibration,
-            folder=matrices_folder(work, plan.storage),
-            minimum=MIN_ONNXRUNTIME,
-            report=report,
-        )
-
-
-def _windows(
-    plan: _Plan, calibration: Calibration, weights: Weights, work: Path, report: Progress
-) -> NDArray[np.int64]:
-    """The tokens to calibrate on, int64 [windows, tokens]."""
-    file = work / "windows.npy"
-    if file.exists():
-        stored: NDArray[np.int64] = np.load(file)
-        return stored
-    if calibration.text is None:
-        windows = _draw(plan, calibration, weights, report)
-    else:
-        tokenizer = Tokenizer.from_file(
-            plan.files.tokenizer_json,
-            bos=plan.files.bos,
-            eos=plan.files.eos,
-            add_bos=plan.files.add_bos,
-            vocab=plan.model.vocab,
-        )
-        windows = read_windows(tokenizer, calibration, context=plan.context)
-    save_array(file, windows)
-    return windows
-
-
-def _draw(
-    plan: _Plan, calibration: Calibration, weights: Weights, report: Progress
-) -> NDArray[np.int64]:
-    """Let the model write the text; at 8 bits it writes as it would in float32, but faster."""
-    draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None)
-    with tempfile.TemporaryDirectory(prefix="edge-llm-") as name:
-        folder = Path(name)
-        with _build(draft, weights, folder, report, lambda text: None) as built:
-            _write(draft, built, folder, report)
-        with LLM(folder, context=min(plan.context, calibration.tokens)) as llm:
-            return draw_windows(llm, calibration, report)
-
-
-def _write(plan: _Plan, built: _Built, stage: Path, report: Progress) -> Manifest:
-    """Write the whole bundle into the stage."""
-    graph = built.graph
-    total = sum(info.size for group in graph.deferred for info in group.tensors)
-    written = 0
-
-    def count(size: int) -> None:
-        nonlocal written
-        written += size
-        report("writing", written, total)
-
-    writer = BundleWriter(stage)
-    chat = _write_texts(writer, plan.files)
-    writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
-    manifest = _manifest(plan, built, chat, writer.files)
-    writer.write_manifest(manifest)
-    return manifest
-
-
-def _write_texts(writer: BundleWriter, files: TokenizerFiles) -> ChatTemplates:
-    """Write the tokenizer and the chat templates."""
-    try:
-        tokenizer = files.tokenizer_json.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{files.tokenizer_json} cannot be read: {error.strerror}.", "Download it again."
-        ) from error
-    writer.write("tokenizer.json", tokenizer)
-    templates = files.template_paths()
-    for name, path in templates.items():
-        writer.write(path, files.chat_templates[name].encode("utf-8"))
-    return ChatTemplates(templates=templates, special_tokens=dict(files.special_tokens))
-
-
-def _manifest(
-    plan: _Plan, built: _Built, chat: ChatTemplates, entries: Mapping[str, FileEntry]
-) -> Manifest:
-    checkpoint, files = plan.checkpoint, plan.files
-    info: dict[str, Any] = {}
-    if files.ignored:
-        info["ignored_generation_config"] = list(files.ignored)
-    if plan.calibration:
-        info["calibration"] = describe_calibration(plan.calibration)
-    return Manifest(
-        format=FORMAT,
-        requires=(),
-        min_onnxruntime=MIN_ONNXRUNTIME,
-        name=(checkpoint.repo or checkpoint.path.resolve().name).rsplit("/", 1)[-1],
-        source=Source(
-            architecture=plan.model.architecture,
-            repo=checkpoint.repo,
-            revision=checkpoint.revision,
-            license=checkpoint.license,
-        ),
-        dims=built.dims,
-        decoder=built.decoder,
-        quantization=built.quantization,
-        tokens=Tokens(bos=files.bos, eos=files.eos, pad=files.pad, add_bos=files.add_bos),
-        sampling=dict(files.sampling),
-        tokenizer="tokenizer.json",
-        chat=chat,
-        files=entries,
-        quality=(),
-        producer={name: version(name) for name in (*_PRODUCERS, *built.producers)},
-        info=info,
-    )
-
-
-def _dims(spec: DecoderSpec, context: int) -> Dims:
-    return Dims(
-        layers=spec.layers,
-        hidden=spec.hidden,
-        intermediate=spec.intermediate,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        vocab=spec.vocab,
-        context=context,
-        parameters=sum(map(math.prod, spec.tensor_shapes().values())),
-    )
