@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_llm.errors import CheckpointError
-from edge_llm_export import export_model, pipeline
+from edge_llm_export import building, export_model, pipeline
 from edge_llm_export.checkpoint.hub import Checkpoint
 from edge_llm_export.checkpoint.weights import Weights
 
@@ -30,7 +30,7 @@ def refuse_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         pytest.fail("there was work")
 
-    monkeypatch.setattr(pipeline, "build_decoder", work)
+    monkeypatch.setattr(building, "build_decoder", work)
 
 
 def edit(file: Path, **changes: object) -> None:
