@@ -25,6 +25,7 @@ __all__ = [
     "build_decoder",
     "declare_lengths",
     "declare_state",
+    "embedding_matrix",
     "head_scale",
     "keep_rotary_tables",
     "record_embedding",
@@ -81,9 +82,7 @@ def build_decoder(
 def record_embedding(layers: LayerBuilder, context: int) -> tuple[Vocabulary, str, str]:
     """Record the embedding: the matrix, the stream, and learned positions to be added to it."""
     graph, weights, spec = layers.graph, layers.weights, layers.spec
-    matrix: Matrix = CheckpointMatrix(weights, f"{spec.names.embedding}.weight")
-    if spec.embedding_scale != 1:
-        matrix = Scaled(matrix, spec.embedding_scale)
+    matrix = embedding_matrix(spec, weights)
     embedding = Vocabulary(
         graph, "embed_tokens", matrix, layers.storage, calibrated=layers.calibrated
     )
@@ -92,6 +91,12 @@ def record_embedding(layers: LayerBuilder, context: int) -> tuple[Vocabulary, st
         return embedding, residual, ""
     table = f"{spec.names.positions}.weight"
     return embedding, residual, embed_positions(graph, weights, table, context)
+
+
+def embedding_matrix(spec: DecoderSpec, weights: Weights) -> Matrix:
+    """The embedding as the graph stores it, scaled."""
+    matrix = CheckpointMatrix(weights, f"{spec.names.embedding}.weight")
+    return matrix if spec.embedding_scale == 1 else Scaled(matrix, spec.embedding_scale)
 
 
 def head_scale(spec: DecoderSpec) -> float:

@@ -1,4 +1,4 @@
-"""The decoder in graphs of its own for each part: the embedding, a layer, the last norm.
+"""The decoder in graphs of its own for each part: the embedding, a layer, what the head reads.
 
 A part computes what it computes inside the whole decoder. The stream enters and leaves each part
 as one sum, float32 [batch, tokens, hidden].
@@ -20,6 +20,7 @@ from .blocks import LayerBuilder
 from .decoder import (
     declare_lengths,
     declare_state,
+    embedding_matrix,
     head_scale,
     keep_rotary_tables,
     record_embedding,
@@ -29,7 +30,7 @@ from .linear import Calibrated, constant_name
 from .matrices import CheckpointMatrix, Matrix
 from .recorder import GraphRecorder
 
-__all__ = ["Part", "Projection", "build_embedding", "build_final_norm", "build_layer"]
+__all__ = ["Part", "Projection", "build_embedding", "build_head", "build_layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +111,17 @@ def build_layer(
     return Part(graph, source, output, state, found)
 
 
-def build_final_norm(spec: DecoderSpec, weights: Weights) -> Part:
-    """Record the norm whose result an untied head multiplies."""
+def build_head(spec: DecoderSpec, weights: Weights) -> Part:
+    """Record the norm whose result the head multiplies, be the head the embedding or not."""
     graph = GraphRecorder(spec.architecture)
     source = graph.input("residual", np.float32, ["batch", "tokens", spec.hidden])
     declare_lengths(graph)
     layers = LayerBuilder(graph, weights, spec, Storage(32, None), {})
     output = layers.norm(spec.names.final_norm, "/model/norm", source, scale=head_scale(spec))
     graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
-    head = CheckpointMatrix(weights, f"{spec.names.head}.weight")
-    return Part(graph, source, output, (), {"lm_head": Projection(output, head)})
+    if spec.tied:
+        projection = {"embed_tokens": Projection(output, embedding_matrix(spec, weights))}
+    else:
+        head = CheckpointMatrix(weights, f"{spec.names.head}.weight")
+        projection = {"lm_head": Projection(output, head)}
+    return Part(graph, source, output, (), projection)

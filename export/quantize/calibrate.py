@@ -22,7 +22,7 @@ from edge_llm.runtime.session import create_session
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
 from ..graph.decoder import GRAPH_FILE
-from ..graph.parts import Part, build_embedding, build_final_norm, build_layer
+from ..graph.parts import Part, build_embedding, build_head, build_layer
 from ..writer import BundleWriter
 from .calibration import Calibration
 from .gptq import GPTQMatrix, factorize
@@ -37,6 +37,10 @@ __all__ = ["calibrate"]
 # Tokens that run at once: their activations are in memory, and each product of them is exact
 # enough in float32 to be summed up in float64.
 TOKENS_AT_ONCE = 2048
+
+# The least damping of a tied head. In an embedding's row every element counts the same, which is
+# what damping stands for; with 0 or 3 a small model of books loses 2 % or 12 % more.
+TIED_DAMPING = 0.3
 
 Moments = dict[str, NDArray[np.float64]]
 
@@ -53,7 +57,7 @@ def calibrate(
     minimum: str,
     report: Callable[[str, int, int], None],
 ) -> dict[str, ShelvedMatrix]:
-    """Quantize every projection by GPTQ, and an untied head; the embedding is rounded to nearest.
+    """Quantize every projection and the head by GPTQ; an untied embedding is rounded to nearest.
 
     Args:
         spec: The architecture.
@@ -80,13 +84,11 @@ def calibrate(
     embedding = build_embedding(spec, weights, storage=storage, context=context)
     stream = work.run(embedding, windows)
     for i in range(spec.layers):
-        found |= work.quantize(layer(i, FLOAT32), stream)
-        if i < spec.layers - 1 or not spec.tied:
-            stream = work.run(layer(i, storage), stream)
+        found |= work.quantize(layer(i, FLOAT32), stream, calibration.damping)
+        stream = work.run(layer(i, storage), stream)
         report("calibrating", i + 1, spec.layers)
-    if not spec.tied:
-        found |= work.quantize(build_final_norm(spec, weights), stream)
-    return found
+    damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
+    return found | work.quantize(build_head(spec, weights), stream, damping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,9 @@ class _Work:
     calibration: Calibration
     minimum: str
 
-    def quantize(self, part: Part, stream: NDArray[np.float32]) -> dict[str, ShelvedMatrix]:
+    def quantize(
+        self, part: Part, stream: NDArray[np.float32], damping: float
+    ) -> dict[str, ShelvedMatrix]:
         """Quantize a float32 part's projections, those that are not on the shelf."""
         found: dict[str, ShelvedMatrix] = {}
         for name, one in part.projections.items():
@@ -109,12 +113,10 @@ class _Work:
         if not missing:
             return found
         moments = self._moments(part, stream, {one.input for one in missing.values()})
-        settings, block = self.calibration, self.storage.block
+        act_order, block = self.calibration.act_order, self.storage.block
         assert block is not None
         for source, sums in moments.items():
-            feedback = factorize(
-                sums, block=block, damping=settings.damping, act_order=settings.act_order
-            )
+            feedback = factorize(sums, block=block, damping=damping, act_order=act_order)
             for name, one in missing.items():
                 if one.input == source:
                     matrix = GPTQMatrix(one.matrix, self.storage, feedback)
