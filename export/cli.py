@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import write
+from edge_llm.cli.layout import report_bundle
 from edge_llm.errors import ExportError
 
 from .choices import (
@@ -119,16 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"edge-llm export cannot import {error.name or error}.",
             "Install what it needs with `pip install 'edge-llm[export]'`.",
         ) from error
-    folder = Path(arguments.output)
-    size = sum(entry.size for entry in manifest.files.values())
-    if arguments.json:
-        document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
-        write(json.dumps(document) + "\n")
-    else:
-        print(
-            f"Wrote {folder} ({size / 1e6:,.1f} MB). Run it with: "
-            f"edge-llm run -m {shlex.quote(str(folder))} PROMPT"
-        )
+    report_bundle(Path(arguments.output), manifest, as_json=arguments.json)
     return 0
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import shlex
 from pathlib import Path
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import Progress, megabytes, write
+from edge_llm.cli.layout import Progress, megabytes, report_bundle
 from edge_llm.cli.options import add_variant_flag
 
 __all__ = ["COMMAND"]
@@ -45,16 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     finally:
         line.show("")
-    folder = Path(arguments.output)
-    size = sum(entry.size for entry in manifest.files.values())
-    if arguments.json:
-        document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
-        write(json.dumps(document) + "\n")
-    else:
-        write(
-            f"Wrote {folder} ({megabytes(size)}). Run it with: "
-            f"edge-llm run -m {shlex.quote(str(folder))} PROMPT\n"
-        )
+    report_bundle(Path(arguments.output), manifest, as_json=arguments.json)
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -9,6 +12,9 @@ from typing import TYPE_CHECKING, TextIO
 from edge_llm.errors import EdgeLLMError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edge_llm.manifest import Manifest
     from edge_llm.options import GenerateOptions
     from edge_llm.results import FinishReason, Timings, Usage
 
@@ -21,6 +27,7 @@ __all__ = [
     "megabytes",
     "notice",
     "read_text",
+    "report_bundle",
     "stdin",
     "table",
     "write",
@@ -116,6 +123,19 @@ def table(rows: Iterable[Sequence[object]], *, indent: str = "") -> str:
 def megabytes(size: int | None) -> str:
     """A number of bytes for people."""
     return "not told" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def report_bundle(folder: Path, manifest: Manifest, *, as_json: bool) -> None:
+    """Say that a bundle was written, in words or as one JSON document."""
+    size = sum(entry.size for entry in manifest.files.values())
+    if as_json:
+        document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
+        write(json.dumps(document) + "\n")
+    else:
+        write(
+            f"Wrote {folder} ({megabytes(size)}). Run it with: "
+            f"edge-llm run -m {shlex.quote(str(folder))} PROMPT\n"
+        )
 
 
 def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:
