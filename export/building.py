@@ -101,7 +101,7 @@ def _calibrated(
     with work_folder(
         plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
     ) as work:
-        yield calibrate(
+        found = calibrate(
             spec,
             weights,
             _windows(plan, calibration, weights, work, report),
@@ -112,6 +112,7 @@ def _calibrated(
             minimum=MIN_ONNXRUNTIME,
             report=report,
         )
+        yield {name: (matrix,) for name, matrix in found.items()}
 
 
 def _windows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,9 @@ from .recorder import GraphRecorder, TensorInfo
 
 __all__ = ["Calibrated", "Vocabulary", "constant_name", "project"]
 
-Calibrated = Mapping[str, QuantizedMatrix]
-"""Matrices that are quantized already, by the name of their weight in the graph."""
+Calibrated = Mapping[str, Sequence[QuantizedMatrix]]
+"""Matrices that are quantized already, by the name of their weight in the graph: each as one or
+more below one another, which may be stored in different ways."""
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)
@@ -65,7 +66,7 @@ def project(
             return product
         return graph.op("Add", f"{path}/Add", [product, graph.constant(f"{name}.bias", bias)])
     parts = _parts(name, matrix, storage, calibrated)
-    paths = [path] if len(parts) == 1 else [f"{path}/{i}" for i in range(len(parts))]
+    paths = _numbered(path, parts, "/")
     stops = np.cumsum([part.shape[0] for part in parts])
     biases = [None] * len(parts) if bias is None else np.split(bias, stops[:-1])
     products = [
@@ -91,21 +92,45 @@ class Vocabulary:
     ) -> None:
         self._graph = graph
         self._columns = matrix.shape[1]
-        self._quantized: _QuantizedWeight | None = None
+        self._weight = ""
+        self._parts: list[_QuantizedWeight] = []
         if storage.block is None:
             self._weight = f"{name}.weight"
             info = TensorInfo(self._weight, FLOAT, matrix.shape)
             graph.defer([info], lambda: [float_rows(matrix)])
         else:
-            (part,) = _parts(name, matrix, storage, calibrated)
-            self._quantized = _QuantizedWeight(graph, name, part)
+            parts = _parts(name, matrix, storage, calibrated)
+            for at, part in zip(_numbered(name, parts, "."), parts, strict=True):
+                self._parts.append(_QuantizedWeight(graph, at, part))
 
     def embed(self, tokens: str) -> str:
         """Rows of ``tokens`` int64 [batch, tokens]: float32 [batch, tokens, columns]."""
         graph, path = self._graph, "/model/embed_tokens"
-        if self._quantized is None:
+        if self._weight:
             return graph.op("Gather", f"{path}/Gather", [self._weight, tokens])
-        return self._quantized.gather(path, tokens)
+        first, *others = self._parts
+        if not others:
+            return first.gather(path, tokens)
+        # Each part is asked for every token; of those of another part it gives any row.
+        start = first.rows
+        found = first.gather(f"{path}/0", self._bounded(f"{path}/0/Min", "Min", tokens, start - 1))
+        axis = graph.constant("embedding_axis", np.array([2], np.int64))
+        column = graph.op("Unsqueeze", f"{path}/Unsqueeze", [tokens, axis])
+        for i, part in enumerate(others, 1):
+            at, stop = f"{path}/{i}", start + part.rows
+            bounded = self._bounded(f"{at}/Min", "Min", tokens, stop - 1)
+            offset = graph.constant(f"embedding_start_{i}", np.array(start, np.int64))
+            local = graph.op("Sub", f"{at}/Sub", [bounded, offset])
+            rows = part.gather(at, self._bounded(f"{at}/Max", "Max", local, 0))
+            before = graph.op("Less", f"{at}/Less", [column, offset])
+            found = graph.op("Where", f"{at}/Where", [before, found, rows])
+            start = stop
+        return found
+
+    def _bounded(self, path: str, op: str, source: str, bound: int) -> str:
+        """The least, or the greatest, of each element and a number."""
+        limit = self._graph.constant(f"embedding_limit_{bound}", np.array(bound, np.int64))
+        return self._graph.op(op, path, [source, limit])
 
     def logits(self, hidden: str, *, softcap: float = 0.0) -> str:
         """Scores of ``hidden`` float32 [n, columns] against every row: float32 [n, rows].
@@ -116,11 +141,14 @@ class Vocabulary:
         """
         graph, path = self._graph, "/lm_head"
         output = f"{path}/scores" if softcap else "logits"
-        if self._quantized is None:
+        if self._weight:
             # Gemm takes the weight as the embedding has it, so a tied model keeps one copy.
             graph.op("Gemm", f"{path}/Gemm", [hidden, self._weight], outputs=[output], transB=1)
+        elif len(self._parts) == 1:
+            self._parts[0].multiply(path, hidden, output=output)
         else:
-            self._quantized.multiply(path, hidden, output=output)
+            scores = [part.multiply(f"{path}/{i}", hidden) for i, part in enumerate(self._parts)]
+            graph.op("Concat", f"{path}/Concat", scores, outputs=[output], axis=-1)
         if not softcap:
             return output
         cap = graph.constant("logits_softcap", np.array(softcap, np.float32))
@@ -147,6 +175,11 @@ class _QuantizedWeight:
             packed = storage.zero_points_shape(*shape)
             tensors.append(TensorInfo(self._zero_points, BYTE, packed))
         graph.defer(tensors, lambda: quantized_tensors(matrix))
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self._matrix.shape[0]
 
     def multiply(
         self, path: str, source: str, bias: NDArray[np.float32] | None = None, output: str = ""
@@ -212,5 +245,12 @@ def _parts(
     name: str, matrix: Matrix, storage: Storage, calibrated: Calibrated | None
 ) -> list[QuantizedMatrix]:
     if calibrated and name in calibrated:
-        return [calibrated[name]]
+        return list(calibrated[name])
     return quantized_parts(matrix, storage)
+
+
+def _numbered(name: str, parts: Sequence[object], separator: str) -> list[str]:
+    """A name for each part; the only one has the whole's."""
+    if len(parts) == 1:
+        return [name]
+    return [f"{name}{separator}{i}" for i in range(len(parts))]

@@ -79,7 +79,10 @@ def calibrate(
     report("calibrating", 0, spec.layers)
 
     def layer(index: int, storage: Storage) -> Part:
-        return build_layer(spec, weights, index, storage=storage, context=context, calibrated=found)
+        calibrated = {name: (matrix,) for name, matrix in found.items()}
+        return build_layer(
+            spec, weights, index, storage=storage, context=context, calibrated=calibrated
+        )
 
     embedding = build_embedding(spec, weights, storage=storage, context=context)
     stream = work.run(embedding, windows)

@@ -320,3 +320,36 @@ def test_onnxruntime_gathers_what_we_stored(storage: Storage, columns: int, tmp_
         padded = block_count(columns, storage.block)
         blob = 50 * padded * storage.block * storage.bits // 8
     assert blob + 50 * 4 * padded <= stored < blob + 50 * 4 * padded + 64
+
+
+def test_rows_of_a_vocabulary_may_be_stored_in_different_ways(tmp_path: Path) -> None:
+    columns, stops = 64, [8, 20, 50]
+    weights, tokens = random_rows(50, columns), np.array([[0, 7, 8, 49], [19, 20, 8, 3]])
+    source = exact_activations(3, columns, 32)
+    storages = [Storage(8, 32), Storage(4, 64), Storage(4, 32)]
+    rows = np.split(weights, stops[:-1])
+    parts = [RoundedMatrix(Rows(part), one) for part, one in zip(rows, storages, strict=True)]
+
+    def record(graph: GraphRecorder) -> None:
+        graph.input("tokens", np.int64, ["batch", "tokens"])
+        graph.input("x", np.float32, ["n", columns])
+        vocabulary = Vocabulary(
+            graph, "embed_tokens", Rows(weights), Storage(4, 32), calibrated={"embed_tokens": parts}
+        )
+        embedded = vocabulary.embed("tokens")
+        graph.op("Identity", "/embedded", [embedded], outputs=["embedded"])
+        graph.output("embedded", np.float32, ["batch", "tokens", columns])
+        vocabulary.logits("x")
+        graph.output("logits", np.float32, ["n", 50])
+
+    results = run(tmp_path, record, {"tokens": tokens, "x": source})
+    left = np.concatenate(
+        [
+            restored(part, bits=one.bits, block=one.block or 0)
+            for part, one in zip(rows, storages, strict=True)
+        ]
+    )
+    np.testing.assert_array_equal(results["embedded"], left[tokens], strict=True)
+    expected = source.astype(np.float64) @ left.T.astype(np.float64)
+    bound = 2e-6 * (np.abs(source).astype(np.float64) @ np.abs(left).T)
+    assert (np.abs(results["logits"] - expected) <= bound).all()
