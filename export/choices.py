@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 __all__ = [
+    "AUTO",
+    "AUTO_BITS",
     "BLOCKS",
     "DEFAULT_BLOCK",
-    "DEFAULT_QUANTIZATION",
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
     "QUANTIZATIONS",
     "VIAS",
+    "VOCABULARIES",
 ]
 
 QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
 """Bits of a weight, by name."""
-DEFAULT_QUANTIZATION = "int4"  # of weights that the checkpoint has as floats
+
+AUTO = "auto"
+"""Each matrix in as many bits as it is worth; the default."""
+AUTO_BITS = 4.85
+"""Bits of a weight that it takes at most, scales included, on the average."""
 
 METHODS = ("rtn", "gptq")
-"""How weights are rounded: to the nearest integers, or by GPTQ; the first is the default."""
+"""How weights are rounded: to the nearest integers, or by GPTQ."""
+
+VOCABULARIES = ("int4", "int8")
+"""How the embedding and the head may be stored."""
 
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""

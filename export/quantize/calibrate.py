@@ -7,8 +7,9 @@ for the inputs that they had; then it runs again, quantized, for the next layer.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,15 @@ from ..graph.decoder import GRAPH_FILE
 from ..graph.parts import Part, build_embedding, build_head, build_layer
 from ..writer import BundleWriter
 from .calibration import Calibration
-from .gptq import GPTQMatrix, factorize
+from .gptq import Feedback, GPTQMatrix, factorize, row_losses
 from .shelf import Shelf, ShelvedMatrix
 from .storage import FLOAT32, Storage
+from .work import matrices_folder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["calibrate"]
+__all__ = ["Candidates", "calibrate"]
 
 # Tokens that run at once: their activations are in memory, and each product of them is exact
 # enough in float32 to be summed up in float64.
@@ -42,7 +44,28 @@ TOKENS_AT_ONCE = 2048
 # what damping stands for; with 0 or 3 a small model of books loses 2 % or 12 % more.
 TIED_DAMPING = 0.3
 
+# What the rest of a layer is stored as while one matrix' error is measured: the error of 8 bits is
+# a three-hundredth of that of 4, and they are faster than floats.
+NEARLY_FLOAT = Storage(8, 32)
+
+# Windows on which those errors are measured.
+ERROR_WINDOWS = 8
+
 Moments = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One matrix, quantized in several ways.
+
+    Attributes:
+        matrices: As many as there are storages, in their order.
+        error: By how much the layer's output is wrong with the first of them, all else in 8 bits:
+            mean square, as a share of the output's. 1 for a head, and with one storage.
+    """
+
+    matrices: tuple[ShelvedMatrix, ...]
+    error: float
 
 
 def calibrate(
@@ -50,48 +73,53 @@ def calibrate(
     weights: Weights,
     windows: NDArray[np.int64],
     *,
-    storage: Storage,
+    storages: Sequence[Storage],
     context: int,
     calibration: Calibration,
-    folder: Path,
+    work: Path,
     minimum: str,
     report: Callable[[str, int, int], None],
-) -> dict[str, ShelvedMatrix]:
-    """Quantize every projection and the head by GPTQ; an untied embedding is rounded to nearest.
+) -> dict[str, Candidates]:
+    """Quantize every projection and the head by GPTQ; an untied embedding is left out.
 
     Args:
         spec: The architecture.
         weights: The checkpoint.
         windows: Tokens to calibrate on, int64 [windows, tokens].
-        storage: Blocks of 4- or 8-bit integers.
+        storages: Blocks of 4- or 8-bit integers; the layers behind one are calibrated for what it
+            gives in the first of them.
         context: Longest sequence of the bundle.
         calibration: How to quantize.
-        folder: Where matrices are kept; what is there already is not computed again.
+        work: A folder where matrices are kept; what is there already is not computed again.
         minimum: Oldest version of onnxruntime that has the graph's operators.
         report: Called with a phase, the layers done and all.
 
     Returns:
         The matrices, by the name of their weight in the graph.
     """
-    assert storage.block is not None
-    work = _Work(windows, Shelf(folder), storage, calibration, minimum)
-    found: dict[str, ShelvedMatrix] = {}
+    shelves = {one: Shelf(matrices_folder(work, one)) for one in storages}
+    state = _Work(windows, shelves, calibration, minimum)
+    found: dict[str, Candidates] = {}
     report("calibrating", 0, spec.layers)
 
-    def layer(index: int, storage: Storage) -> Part:
-        calibrated = {name: (matrix,) for name, matrix in found.items()}
-        return build_layer(
-            spec, weights, index, storage=storage, context=context, calibrated=calibrated
-        )
+    def layer(index: int, storage: Storage, calibrated: Mapping[str, ShelvedMatrix]) -> Part:
+        parts = {name: (matrix,) for name, matrix in calibrated.items()}
+        return build_layer(spec, weights, index, storage=storage, context=context, calibrated=parts)
 
-    embedding = build_embedding(spec, weights, storage=storage, context=context)
-    stream = work.run(embedding, windows)
+    embedding = build_embedding(spec, weights, storage=storages[0], context=context)
+    stream = state.run(embedding, windows)
     for i in range(spec.layers):
-        found |= work.quantize(layer(i, FLOAT32), stream, calibration.damping)
-        stream = work.run(layer(i, storage), stream)
+        matrices = state.quantize(layer(i, FLOAT32, {}), stream, calibration.damping)
+        first = {name: some[0] for name, some in matrices.items()}
+        errors = dict.fromkeys(matrices, 1.0)
+        if len(storages) > 1:
+            errors = state.errors(partial(layer, i, NEARLY_FLOAT), first, stream)
+        found |= {name: Candidates(some, errors[name]) for name, some in matrices.items()}
+        stream = state.run(layer(i, storages[0], first), stream)
         report("calibrating", i + 1, spec.layers)
     damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
-    return found | work.quantize(build_head(spec, weights), stream, damping)
+    head = state.quantize(build_head(spec, weights), stream, damping)
+    return found | {name: Candidates(some, 1.0) for name, some in head.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +127,61 @@ class _Work:
     """What stays the same from layer to layer."""
 
     windows: NDArray[np.int64]
-    shelf: Shelf
-    storage: Storage
+    shelves: Mapping[Storage, Shelf]
     calibration: Calibration
     minimum: str
 
     def quantize(
         self, part: Part, stream: NDArray[np.float32], damping: float
-    ) -> dict[str, ShelvedMatrix]:
-        """Quantize a float32 part's projections, those that are not on the shelf."""
-        found: dict[str, ShelvedMatrix] = {}
-        for name, one in part.projections.items():
-            if stored := self.shelf.get(name, one.matrix.shape, self.storage):
-                found[name] = stored
-        missing = {name: one for name, one in part.projections.items() if name not in found}
-        if not missing:
-            return found
-        moments = self._moments(part, stream, {one.input for one in missing.values()})
-        act_order, block = self.calibration.act_order, self.storage.block
-        assert block is not None
-        for source, sums in moments.items():
-            feedback = factorize(sums, block=block, damping=damping, act_order=act_order)
-            for name, one in missing.items():
-                if one.input == source:
-                    matrix = GPTQMatrix(one.matrix, self.storage, feedback)
-                    found[name] = self.shelf.put(name, matrix)
-        return found
+    ) -> dict[str, tuple[ShelvedMatrix, ...]]:
+        """Quantize a float32 part's projections, those that are not on the shelves."""
+        missing = [
+            (name, storage, shelf)
+            for storage, shelf in self.shelves.items()
+            for name, one in part.projections.items()
+            if shelf.get(name, one.matrix.shape, storage) is None
+        ]
+        inputs = {part.projections[name].input for name, _, _ in missing}
+        moments = self._moments(part, stream, inputs) if missing else {}
+        feedback: dict[tuple[str, int], Feedback] = {}
+        for name, storage, shelf in missing:
+            one, block = part.projections[name], storage.block
+            assert block is not None
+            if (one.input, block) not in feedback:
+                feedback[one.input, block] = factorize(
+                    moments[one.input],
+                    block=block,
+                    damping=damping,
+                    act_order=self.calibration.act_order,
+                )
+            matrix = GPTQMatrix(one.matrix, storage, feedback[one.input, block])
+            second = (moments[one.input] / stream[..., 0].size).astype(np.float32)
+            shelf.put(name, matrix, partial(row_losses, one.matrix, second))
+        return {
+            name: tuple(
+                stored
+                for storage, shelf in self.shelves.items()
+                if (stored := shelf.get(name, one.matrix.shape, storage))
+            )
+            for name, one in part.projections.items()
+        }
+
+    def errors(
+        self,
+        build: Callable[[Mapping[str, ShelvedMatrix]], Part],
+        matrices: Mapping[str, ShelvedMatrix],
+        stream: NDArray[np.float32],
+    ) -> dict[str, float]:
+        """What the layer's output loses by each matrix alone, on a part of the windows."""
+        some = stream[:: -(-len(stream) // ERROR_WINDOWS)]
+        true = self.run(build({}), some).astype(np.float64)
+        energy = np.square(true).sum(axis=-1)
+        return {
+            name: float(
+                (np.square(self.run(build({name: one}), some) - true).sum(-1) / energy).mean()
+            )
+            for name, one in matrices.items()
+        }
 
     def run(
         self, part: Part, source: NDArray[np.int64] | NDArray[np.float32]

@@ -20,9 +20,10 @@ from edge_llm.errors import ArgumentError
 
 from ..graph.matrices import Matrix
 from .packing import Blocks, block_count, blocks_of
-from .storage import Storage
+from .rtn import dequantize_blocks
+from .storage import QuantizedMatrix, Storage
 
-__all__ = ["DEFAULT_DAMPING", "Feedback", "GPTQMatrix", "factorize", "search_scales"]
+__all__ = ["DEFAULT_DAMPING", "Feedback", "GPTQMatrix", "factorize", "row_losses", "search_scales"]
 
 DEFAULT_DAMPING = 0.01
 
@@ -163,6 +164,29 @@ def _round(
             errors[k] = weights[k] - integer * scale
         scales[index] = scale
     return integers, scales
+
+
+def row_losses(
+    matrix: Matrix, moments: NDArray[np.float32], quantized: QuantizedMatrix
+) -> NDArray[np.float32]:
+    """What each row's product with the inputs loses: the mean square, float32 [rows].
+
+    Args:
+        matrix: The weights.
+        moments: Mean of ``x x^T`` over the inputs ``x``, float32 [columns, columns].
+        quantized: What they are rounded to.
+    """
+    rows, columns = matrix.shape
+    losses = np.empty(rows, np.float32)
+    step = max(1, (1 << 20) // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        blocks = quantized.blocks(start, stop)
+        errors = matrix.read(start, stop) - dequantize_blocks(
+            blocks.integers, blocks.scales, bits=quantized.storage.bits, columns=columns
+        )
+        losses[start:stop] = np.einsum("ij,ij->i", errors @ moments, errors)
+    return losses
 
 
 def search_scales(

@@ -19,6 +19,7 @@ __all__ = [
     "FLOAT32",
     "QuantizedMatrix",
     "RoundedMatrix",
+    "RowRange",
     "Storage",
     "float_rows",
     "quantized_tensors",
@@ -100,6 +101,34 @@ class RoundedMatrix:
         assert block is not None
         integers, scales = quantize_rows(self.source.read(start, stop), bits=bits, block=block)
         return Blocks(integers, scales, np.full(scales.shape, 1 << (bits - 1), np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows [start, stop) of a quantized matrix."""
+
+    source: QuantizedMatrix
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.stop - self.start, self.source.shape[1]
+
+    @property
+    def storage(self) -> Storage:
+        """The source's."""
+        return self.source.storage
+
+    @property
+    def order(self) -> NDArray[np.int64] | None:
+        """The source's."""
+        return self.source.order
+
+    def blocks(self, start: int, stop: int) -> Blocks:
+        """Rows [start, stop) of these."""
+        return self.source.blocks(self.start + start, self.start + stop)
 
 
 def quantized_tensors(matrix: QuantizedMatrix) -> list[list[NDArray[Any]]]:

@@ -1,0 +1,123 @@
+"""In which ways the matrices of a model may be stored, and what each is expected to lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..architectures.spec import DecoderSpec
+from ..checkpoint.weights import Weights
+from ..graph.decoder import embedding_matrix
+from ..graph.matrices import CheckpointMatrix, MappedRows, Matrix
+from .calibrate import Candidates
+from .gptq import row_losses
+from .mixing import CHOICES, Option
+from .storage import QuantizedMatrix, RoundedMatrix, RowRange
+
+__all__ = ["alternatives", "groups", "token_weights", "wide_vocabulary"]
+
+# How the rows of frequent tokens are stored.
+WIDE = CHOICES[-1]
+
+# Tokenizers number frequent tokens first: by merges, or by likelihood. So the first rows of a
+# vocabulary are worth more bits than the last.
+SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+
+# Kernels take rows in groups.
+ROWS_AT_ONCE = 32
+
+
+def alternatives(
+    spec: DecoderSpec,
+    weights: Weights,
+    candidates: Mapping[str, Candidates],
+    frequencies: NDArray[np.float64],
+) -> dict[str, list[Option]]:
+    """The options of every matrix.
+
+    Args:
+        spec: The architecture.
+        weights: The checkpoint.
+        candidates: The projections and the head in each of :data:`CHOICES`.
+        frequencies: How often each token comes, float64 [vocab].
+    """
+    vocabularies = _vocabularies(spec, weights)
+    found = {
+        name: _projection(one) for name, one in candidates.items() if name not in vocabularies
+    }
+    for name, matrix in vocabularies.items():
+        narrow: Sequence[QuantizedMatrix]
+        if name in candidates:
+            narrow = candidates[name].matrices[:-1]
+            losses = [one.losses for one in candidates[name].matrices[:-1]]
+        else:
+            narrow = [RoundedMatrix(matrix, one) for one in CHOICES[:-1]]
+            # All that a gathered row's elements lose counts the same.
+            even = np.eye(matrix.shape[1], dtype=np.float32)
+            losses = [row_losses(matrix, even, one) for one in narrow]
+        found[name] = _vocabulary(matrix, narrow, losses, frequencies)
+    return found
+
+
+def groups(spec: DecoderSpec, options: Mapping[str, object]) -> list[list[str]]:
+    """Names of matrices whose losses are in one unit: the layers', and each vocabulary's."""
+    vocabularies = ["embed_tokens", *([] if spec.tied else ["lm_head"])]
+    return [[name for name in options if name not in vocabularies], *([v] for v in vocabularies)]
+
+
+def wide_vocabulary(spec: DecoderSpec, weights: Weights) -> dict[str, tuple[QuantizedMatrix, ...]]:
+    """The embedding and the head in 8 bits."""
+    return {
+        name: (RoundedMatrix(matrix, WIDE),) for name, matrix in _vocabularies(spec, weights).items()
+    }
+
+
+def token_weights(windows: NDArray[np.int64], vocab: int) -> NDArray[np.float64]:
+    """How often each token comes in a text, float64 [vocab]; none never."""
+    counts = np.bincount(windows.reshape(-1), minlength=vocab) + 0.5
+    shares: NDArray[np.float64] = counts / counts.sum()
+    return shares
+
+
+def _projection(one: Candidates) -> list[Option]:
+    reference = float(one.matrices[0].losses.sum()) or 1.0
+    return [
+        Option((matrix,), stored_size(matrix), one.error * float(matrix.losses.sum()) / reference)
+        for matrix in one.matrices
+    ]
+
+
+def _vocabulary(
+    matrix: Matrix,
+    narrow: Sequence[QuantizedMatrix],
+    losses: Sequence[NDArray[np.float32]],
+    frequencies: NDArray[np.float64],
+) -> list[Option]:
+    """The first rows in 8 bits, which lose next to nothing, and the others in 4."""
+    rows, found = matrix.shape[0], []
+    for share in SHARES:
+        first = int(share * rows) // ROWS_AT_ONCE * ROWS_AT_ONCE if share < 1 else rows
+        wide = RoundedMatrix(MappedRows(matrix, np.arange(first)), WIDE)
+        for rest, lost in zip(narrow, losses, strict=True):
+            parts: list[QuantizedMatrix] = [wide] if first else []
+            if first < rows:
+                parts.append(RowRange(rest, first, rows))
+            loss = float(frequencies[first:] @ lost[first:])
+            found.append(Option(tuple(parts), sum(map(stored_size, parts)), loss))
+    return found
+
+
+def _vocabularies(spec: DecoderSpec, weights: Weights) -> dict[str, Matrix]:
+    found = {"embed_tokens": embedding_matrix(spec, weights)}
+    if not spec.tied:
+        found["lm_head"] = CheckpointMatrix(weights, f"{spec.names.head}.weight")
+    return found
+
+
+def stored_size(matrix: QuantizedMatrix) -> int:
+    """Bytes of the integers and the scales."""
+    blob = matrix.storage.blob_shape(*matrix.shape)
+    return math.prod(blob) + 4 * blob[0] * blob[1]

@@ -1,0 +1,200 @@
+"""How much a bundle may weigh or lose, and the search for the mix that stays within it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from edge_llm.errors import ArgumentError
+
+from .mixing import Ladder, Mix, Option, best, cheapest, rescaled
+
+__all__ = ["Budget", "Found", "Trial", "check_size", "find_mix", "parse_size"]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """One limit; the others are None.
+
+    Attributes:
+        max_kld: Divergence from the float32 model, nats per token.
+        max_ppl_increase: Growth of the perplexity, as a share of the float32 model's.
+        max_size: Bytes of the bundle.
+        max_bits: Bits of a weight, scales included, on the average over all matrices.
+    """
+
+    max_kld: float | None = None
+    max_ppl_increase: float | None = None
+    max_size: int | None = None
+    max_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            raise ArgumentError("budget", "exactly one limit", said, "Keep the one that matters.")
+        name, value = self.limit
+        number = int if name == "max_size" else int | float
+        if isinstance(value, bool) or not isinstance(value, number) or not value > 0:
+            raise ArgumentError(name, f"{'bytes' if number is int else 'a number'} above 0", value)
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """The limit's name and value."""
+        return next(
+            (name, value) for name in self.__slots__ if (value := getattr(self, name)) is not None
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A mix that was written and measured.
+
+    Attributes:
+        size: Bytes of the bundle.
+        weights: Bytes of its matrices.
+        kl_divergence: From the float32 model, nats per token.
+        ppl_increase: Growth of the perplexity, as a share.
+        top1_agreement: Share of tokens where both find the same one likeliest.
+    """
+
+    size: int
+    weights: int
+    kl_divergence: float
+    ppl_increase: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The mix that was chosen, and all that was measured on the way, the chosen one's last."""
+
+    mix: Mix
+    trials: tuple[Trial, ...]
+
+
+def find_mix(
+    options: Mapping[str, Sequence[Option]],
+    groups: Sequence[Sequence[str]],
+    budget: Budget,
+    *,
+    weights: int,
+    measure: Callable[[Mix], Trial],
+) -> Found:
+    """The smallest mix that loses no more than it may, or the truest that is no larger.
+
+    Args:
+        options: Of every matrix.
+        groups: Matrices whose losses can be compared; one group's with another's once both are
+            measured.
+        budget: The limit.
+        weights: Elements of all matrices.
+        measure: Writes and measures a mix.
+
+    Raises:
+        ArgumentError: No mix meets the limit; it names the best that is reached.
+    """
+    trials: list[Trial] = []
+
+    def tried(mix: Mix) -> Trial:
+        trials.append(measure(mix))
+        return trials[-1]
+
+    truest = best(options)
+    top = tried(truest)
+    fixed = top.size - top.weights
+    room = _room(budget, fixed, weights)
+    if room is None:
+        _check_reach(budget, top)
+    else:
+        least = sum(one.size for one in cheapest(options).values())
+        check_size(budget, room - least, least + fixed)
+    for names in groups:
+        low = cheapest({name: options[name] for name in names})
+        lost = tried({**truest, **low}).kl_divergence - top.kl_divergence
+        options = rescaled(options, names, lost)
+    ladder = Ladder(options)
+    if room is not None:
+        mix = ladder.mix(max(i for i, size in enumerate(ladder.sizes) if size <= room))
+        tried(mix)
+        return Found(mix, tuple(trials))
+    mix, last = _smallest(ladder, truest, top, budget, tried)
+    return Found(mix, (*(one for one in trials if one is not last), last))
+
+
+def check_size(budget: Budget, spare: int, least: int) -> None:
+    """Refuse a size that no mix has.
+
+    Args:
+        budget: The limit.
+        spare: Bytes that the smallest mix leaves.
+        least: Bytes of the smallest bundle.
+
+    Raises:
+        ArgumentError: ``spare`` is negative.
+    """
+    if spare < 0:
+        raise ArgumentError(
+            "max_size",
+            f"at least {least:,} bytes, which this model takes at 4 bits",
+            budget.max_size,
+            "Allow more, or take a smaller model.",
+        )
+
+
+def _check_reach(budget: Budget, top: Trial) -> None:
+    if _within(budget, top):
+        return
+    name = "max_kld" if budget.max_kld is not None else "max_ppl_increase"
+    reached = top.kl_divergence if budget.max_kld is not None else top.ppl_increase
+    raise ArgumentError(
+        name,
+        f"at least {reached:.3g}, which this model loses at 8 bits, the best that can be reached",
+        getattr(budget, name),
+        "Allow more, or export it as fp32.",
+    )
+
+
+def _smallest(
+    ladder: Ladder, truest: Mix, top: Trial, budget: Budget, tried: Callable[[Mix], Trial]
+) -> tuple[Mix, Trial]:
+    """Bisect the ladder for the lowest rung within the budget."""
+    low, high, found, last = 0, len(ladder) + 1, truest, top
+    while low < high:
+        rung = (low + high) // 2
+        mix = ladder.mix(rung)
+        trial = tried(mix)
+        if _within(budget, trial):
+            high, found, last = rung, mix, trial
+        else:
+            low = rung + 1
+    return found, last
+
+
+def _within(budget: Budget, trial: Trial) -> bool:
+    if budget.max_kld is not None:
+        return trial.kl_divergence <= budget.max_kld
+    assert budget.max_ppl_increase is not None
+    return trial.ppl_increase <= budget.max_ppl_increase
+
+
+def _room(budget: Budget, fixed: int, weights: int) -> int | None:
+    """Bytes that the matrices may have; None: what they lose is limited."""
+    if budget.max_size is not None:
+        return budget.max_size - fixed
+    return None if budget.max_bits is None else int(budget.max_bits * weights / 8)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from such as ``250MB``, ``1.5GiB`` or ``1000000``.
+
+    Raises:
+        ArgumentError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ArgumentError("max_size", "bytes, or a number with kB, MB, GB, KiB, MiB or GiB", text)
+    return int(float(match[1]) * _UNITS[match[2]])
