@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_llm import LLM
 from edge_llm.errors import CheckpointError
 from edge_llm.huggingface.tokenizer import TokenizerFiles
 from edge_llm.manifest import ChatTemplates, Manifest
@@ -28,10 +24,9 @@ from .graph.decoder import build_decoder
 from .graph.linear import Calibrated
 from .plan import MIN_ONNXRUNTIME, Built, Plan, Progress, make_manifest, read_dims
 from .quantize.calibrate import calibrate
-from .quantize.calibration import Calibration, draw_windows, read_windows
 from .quantize.choice import describe_storage
-from .quantize.shelf import save_array
 from .quantize.storage import Storage
+from .quantize.text import calibration_windows
 from .quantize.work import matrices_folder, work_folder
 from .writer import BundleWriter
 
@@ -98,56 +93,43 @@ def _calibrated(
     if calibration is None:
         yield {}
         return
+    tokenizer = Tokenizer.from_file(
+        plan.files.tokenizer_json,
+        bos=plan.files.bos,
+        eos=plan.files.eos,
+        add_bos=plan.files.add_bos,
+        vocab=plan.model.vocab,
+    )
     with work_folder(
         plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
     ) as work:
+        windows, _ = calibration_windows(
+            calibration,
+            tokenizer=tokenizer,
+            context=plan.context,
+            work=work,
+            draft=partial(_write_draft, plan, weights, report),
+            scored=plan.scored,
+            report=report,
+        )
         yield calibrate(
             spec,
             weights,
-            _windows(plan, calibration, weights, work, report),
+            windows,
             storage=plan.storage,
             context=plan.context,
             calibration=calibration,
-            folder=matrices_folder(work, plan.storage),
+            folder=matrices_folder(work, plan.storage, windows),
             minimum=MIN_ONNXRUNTIME,
             report=report,
         )
 
 
-def _windows(
-    plan: Plan, calibration: Calibration, weights: Weights, work: Path, report: Progress
-) -> NDArray[np.int64]:
-    """The tokens to calibrate on, int64 [windows, tokens]."""
-    file = work / "windows.npy"
-    if file.exists():
-        stored: NDArray[np.int64] = np.load(file)
-        return stored
-    if calibration.text is None:
-        windows = _draw(plan, calibration, weights, report)
-    else:
-        tokenizer = Tokenizer.from_file(
-            plan.files.tokenizer_json,
-            bos=plan.files.bos,
-            eos=plan.files.eos,
-            add_bos=plan.files.add_bos,
-            vocab=plan.model.vocab,
-        )
-        windows = read_windows(tokenizer, calibration, context=plan.context)
-    save_array(file, windows)
-    return windows
-
-
-def _draw(
-    plan: Plan, calibration: Calibration, weights: Weights, report: Progress
-) -> NDArray[np.int64]:
-    """Let the model write the text; at 8 bits it writes as it would in float32, but faster."""
+def _write_draft(plan: Plan, weights: Weights, report: Progress, folder: Path) -> None:
+    """A bundle for the model to write text with: at 8 bits as it would in float32, but faster."""
     draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None)
-    with tempfile.TemporaryDirectory(prefix="edge-llm-") as name:
-        folder = Path(name)
-        with build(draft, weights, folder, report, lambda text: None) as built:
-            write(draft, built, folder, report)
-        with LLM(folder, context=min(plan.context, calibration.tokens)) as llm:
-            return draw_windows(llm, calibration, report)
+    with build(draft, weights, folder, report, lambda text: None) as built:
+        write(draft, built, folder, report)
 
 
 def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:

@@ -26,6 +26,7 @@ from .checkpoint.prequantized import read_packing
 from .choices import LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
 from .config import read_config
 from .evaluate.figures import measure_quality
+from .evaluate.overlap import check_disjoint
 from .evaluate.selfcheck import run_once
 from .fallback.model import OptimumModel, read_model
 from .plan import Plan, Progress
@@ -82,7 +83,8 @@ def export_model(
         evaluate: A file of UTF-8 text on which to measure the bundle against its float32 original,
             which is exported beside it for the time; the manifest then has perplexity, KL
             divergence and top-1 agreement. Of a checkpoint that GPTQ or AWQ quantized, the
-            original is what its integers stand for.
+            original is what its integers stand for. Calibration text that shares a passage with it
+            is refused where it is a file, and left out where the model writes it.
         progress: Called with a phase, the work done and the whole work.
         warn: Called with what the user should know (default: nothing is said).
 
@@ -103,6 +105,9 @@ def export_model(
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
+    seen = calibration and calibration.read_text()
+    if seen is not None and text is not None:
+        check_disjoint(seen, text)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
@@ -111,6 +116,7 @@ def export_model(
         _read(checkpoint, quantize, block, max_context, ignore_config, via, say),
         calibration=calibration,
         work_dir=None if work_dir is None else Path(work_dir),
+        scored=text,
     )
     _check_calibration(plan)
     for name in plan.files.ignored:
@@ -196,6 +202,7 @@ def _read(
         context=context,
         calibration=None,
         work_dir=None,
+        scored=None,
     )
 
 

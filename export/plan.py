@@ -45,6 +45,7 @@ class Plan:
     """All that is known before the weights are read.
 
     ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
+    ``scored`` is the text on which the bundle will be measured: no calibration may have seen it.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Plan:
     context: int
     calibration: Calibration | None
     work_dir: Path | None
+    scored: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
