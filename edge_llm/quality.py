@@ -134,10 +134,12 @@ def evaluate(
         progress: Called with the scored tokens and all that are to be.
 
     Raises:
-        ArgumentError: An argument is outside its domain, the text holds no token to score, or the
-            models' tokenizers differ.
+        ArgumentError: An argument is outside its domain, the text holds no token to score, the
+            models' tokenizers differ, or the model says that it was calibrated on this very text.
         RuntimeFailure: A model gives no finite probabilities.
     """
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    _check_unseen(llm, digest)
     longest = min(one.context for one in (llm, reference) if one is not None)
     bos = llm.manifest.tokens.bos if llm.manifest.tokens.add_bos else None
     prefix = [] if bos is None else [bos]
@@ -168,7 +170,7 @@ def evaluate(
     return QualityReport(
         model=llm.manifest.name,
         reference=None if reference is None else reference.manifest.name,
-        text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        text_sha256=digest,
         tokens=total,
         windows=len(parts),
         window=length,
@@ -316,6 +318,18 @@ def _window_figures(
         found.append(figures)
         start = end
     return np.concatenate(found)
+
+
+def _check_unseen(llm: LLM, digest: str) -> None:
+    """Refuse the text that a bundle was calibrated on; of other texts it does not know enough."""
+    calibration = llm.manifest.info.get("calibration")
+    if isinstance(calibration, dict) and calibration.get("sha256") == digest:
+        raise ArgumentError(
+            "text",
+            f"another one than {llm.manifest.name!r} was calibrated on",
+            f"the text whose SHA-256 is {digest}",
+            "A model that was fitted to a text looks better on it than it is.",
+        )
 
 
 def _check_tokenizers(llm: LLM, reference: LLM, text: str, tokens: list[int]) -> None:

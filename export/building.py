@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_llm import LLM
 from edge_llm.errors import CheckpointError
 from edge_llm.huggingface.tokenizer import TokenizerFiles
 from edge_llm.manifest import ChatTemplates, Manifest
-from edge_llm.text.tokenizer import Tokenizer
 
 from .architectures.spec import DecoderSpec
 from .architectures.tensors import check_tensors
 from .checkpoint.packed import packed_tensor
 from .checkpoint.weights import Weights
-from .choices import DEFAULT_BLOCK
+from .choosing import Choice, choose_matrices
 from .fallback.model import PRODUCERS
 from .graph.decoder import build_decoder
-from .graph.linear import Calibrated
 from .plan import MIN_ONNXRUNTIME, Built, Plan, Progress, make_manifest, read_dims
-from .quantize.calibrate import calibrate
-from .quantize.calibration import Calibration, draw_windows, read_windows
 from .quantize.choice import describe_storage
-from .quantize.shelf import save_array
-from .quantize.storage import Storage
-from .quantize.work import matrices_folder, work_folder
 from .writer import BundleWriter
 
 __all__ = ["build", "write"]
@@ -46,35 +34,15 @@ def build(
     if isinstance(plan.model, DecoderSpec):
         spec = plan.model.as_stored(weights.names)
         check_tensors(weights, spec)
-        kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
-        rounded = [
-            name
-            for name, shape in spec.tensor_shapes().items()
-            if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
-        ]
-        with _calibrated(plan, spec, weights, report) as calibrated:
-            graph, decoder = build_decoder(
-                spec, weights, storage=plan.storage, context=plan.context, calibrated=calibrated
-            )
-            yield Built(
-                graph=graph,
-                decoder=decoder,
-                dims=read_dims(spec, plan.context),
-                quantization=describe_storage(
-                    plan.storage,
-                    plan.packing,
-                    calibrated=plan.calibration is not None,
-                    rounded=rounded,
-                    kept=kept,
-                ),
-                producers=(),
-            )
+        trial = partial(_write_trial, plan, spec, weights)
+        with choose_matrices(plan, spec, weights, trial, stage.parent, report) as choice:
+            yield _record(plan, spec, weights, choice)
         return
     report("tracing", 0, 1)
     with plan.model.traced(
         plan.checkpoint.path,
         stage,
-        storage=plan.storage,
+        storage=plan.recipe.storage,
         context=plan.context,
         minimum=MIN_ONNXRUNTIME,
         warn=say,
@@ -84,71 +52,48 @@ def build(
             graph=traced.graph,
             decoder=traced.decoder,
             dims=traced.dims,
-            quantization=describe_storage(plan.storage, kept=traced.kept),
+            quantization=describe_storage(plan.recipe.storage, kept=traced.kept),
             producers=PRODUCERS,
+            info={},
         )
 
 
-@contextmanager
-def _calibrated(
-    plan: Plan, spec: DecoderSpec, weights: Weights, report: Progress
-) -> Iterator[Calibrated]:
-    """The matrices that are rounded for their inputs; they are on disk until the block ends."""
-    calibration = plan.calibration
-    if calibration is None:
-        yield {}
-        return
-    with work_folder(
-        plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
-    ) as work:
-        found = calibrate(
-            spec,
-            weights,
-            _windows(plan, calibration, weights, work, report),
-            storage=plan.storage,
-            context=plan.context,
-            calibration=calibration,
-            folder=matrices_folder(work, plan.storage),
-            minimum=MIN_ONNXRUNTIME,
-            report=report,
-        )
-        yield {name: (matrix,) for name, matrix in found.items()}
+def _record(plan: Plan, spec: DecoderSpec, weights: Weights, choice: Choice) -> Built:
+    kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
+    rounded = [
+        name
+        for name, shape in spec.tensor_shapes().items()
+        if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
+    ]
+    graph, decoder = build_decoder(
+        spec,
+        weights,
+        storage=choice.storage,
+        context=plan.context,
+        calibrated=choice.matrices,
+    )
+    return Built(
+        graph=graph,
+        decoder=decoder,
+        dims=read_dims(spec, plan.context),
+        quantization=describe_storage(
+            choice.storage,
+            plan.packing,
+            calibrated=plan.recipe.calibration is not None,
+            others=choice.others,
+            rounded=rounded,
+            kept=kept,
+        ),
+        producers=(),
+        info=choice.info,
+    )
 
 
-def _windows(
-    plan: Plan, calibration: Calibration, weights: Weights, work: Path, report: Progress
-) -> NDArray[np.int64]:
-    """The tokens to calibrate on, int64 [windows, tokens]."""
-    file = work / "windows.npy"
-    if file.exists():
-        stored: NDArray[np.int64] = np.load(file)
-        return stored
-    if calibration.text is None:
-        windows = _draw(plan, calibration, weights, report)
-    else:
-        tokenizer = Tokenizer.from_file(
-            plan.files.tokenizer_json,
-            bos=plan.files.bos,
-            eos=plan.files.eos,
-            add_bos=plan.files.add_bos,
-            vocab=plan.model.vocab,
-        )
-        windows = read_windows(tokenizer, calibration, context=plan.context)
-    save_array(file, windows)
-    return windows
-
-
-def _draw(
-    plan: Plan, calibration: Calibration, weights: Weights, report: Progress
-) -> NDArray[np.int64]:
-    """Let the model write the text; at 8 bits it writes as it would in float32, but faster."""
-    draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None)
-    with tempfile.TemporaryDirectory(prefix="edge-llm-") as name:
-        folder = Path(name)
-        with build(draft, weights, folder, report, lambda text: None) as built:
-            write(draft, built, folder, report)
-        with LLM(folder, context=min(plan.context, calibration.tokens)) as llm:
-            return draw_windows(llm, calibration, report)
+def _write_trial(
+    plan: Plan, spec: DecoderSpec, weights: Weights, choice: Choice, folder: Path
+) -> None:
+    """Write a bundle that is not the last one, into an empty folder."""
+    write(plan, _record(plan, spec, weights, choice), folder, lambda phase, done, total: None)
 
 
 def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:

@@ -14,13 +14,15 @@ from edge_llm.cli.layout import report_bundle
 from edge_llm.errors import ExportError
 
 from .choices import (
+    AUTO,
+    AUTO_BITS,
     BLOCKS,
     DEFAULT_BLOCK,
-    DEFAULT_QUANTIZATION,
     LONGEST_DEFAULT_CONTEXT,
     METHODS,
     QUANTIZATIONS,
     VIAS,
+    VOCABULARIES,
 )
 
 if TYPE_CHECKING:
@@ -40,42 +42,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="the bundle's folder, new or empty"
     )
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help=f"how weights are stored (default: {DEFAULT_QUANTIZATION}); a checkpoint that GPTQ "
-        "or AWQ quantized keeps its integers, unless this is fp32",
-    )
-    parser.add_argument(
-        "--block",
-        type=int,
-        choices=BLOCKS,
-        help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
-    )
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default=METHODS[0],
-        help=f"how weights are rounded (default: {METHODS[0]}, to nearest); gptq takes minutes and "
-        "loses about half as much",
-    )
-    parser.add_argument(
-        "--calibrate",
-        metavar="FILE",
-        help="text for --method gptq (default: the model writes it)",
-    )
-    parser.add_argument(
-        "--samples", type=int, metavar="N", help="windows of that text (default: 64)"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of the text that the model writes (default: 0)"
-    )
-    parser.add_argument(
-        "--work-dir",
-        metavar="DIR",
-        help="keep what --method gptq has done there, so that the same command can go on after an "
-        "interruption",
-    )
+    _add_storage(parser)
+    _add_calibration(parser)
     parser.add_argument(
         "--max-context",
         type=int,
@@ -108,6 +76,66 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write one JSON object at the end")
 
 
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how weights are stored")
+    group.add_argument(
+        "--quantize",
+        choices=(AUTO, *QUANTIZATIONS),
+        help=f"{AUTO}: each matrix in as many bits as measuring shows it to be worth, {AUTO_BITS} on "
+        "the average (default, where none of --block, --method and --vocabulary is given); a "
+        "checkpoint that GPTQ or AWQ quantized keeps its integers, unless this is fp32",
+    )
+    group.add_argument(
+        "--max-kld",
+        type=float,
+        metavar="NATS",
+        help="the smallest mix whose KL divergence from float32 is at most this",
+    )
+    group.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="SHARE",
+        help="the smallest mix whose perplexity grows by at most this share, such as 0.01",
+    )
+    group.add_argument(
+        "--max-size", metavar="SIZE", help="the truest mix of at most this size, such as 90MB"
+    )
+    group.add_argument(
+        "--block",
+        type=int,
+        choices=BLOCKS,
+        help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
+    )
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help=f"how weights are rounded (default: {METHODS[0]}, to nearest); gptq takes minutes and "
+        "loses about half as much",
+    )
+    group.add_argument(
+        "--vocabulary",
+        choices=VOCABULARIES,
+        help="how the embedding and the head are stored (default: int8 with gptq, or else as the "
+        "rest)",
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what they are calibrated on, where not rounded to nearest")
+    group.add_argument("--calibrate", metavar="FILE", help="a text (default: the model writes it)")
+    group.add_argument(
+        "--samples", type=int, metavar="N", help="windows of that text (default: 64)"
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="of the text that the model writes (default: 0)"
+    )
+    group.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="keep results there, so that the same command can go on after an interruption",
+    )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     try:
         manifest = _export(arguments)
@@ -122,7 +150,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> Manifest:
     from .pipeline import export_model
+    from .quantize.budget import parse_size
 
+    size = arguments.max_size
     with _bar() as progress:
         return export_model(
             arguments.source,
@@ -130,6 +160,10 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             quantize=arguments.quantize,
             block=arguments.block,
             method=arguments.method,
+            vocabulary=arguments.vocabulary,
+            max_kld=arguments.max_kld,
+            max_ppl_increase=arguments.max_ppl_increase,
+            max_size=None if size is None else parse_size(size),
             calibration=_calibration(arguments),
             work_dir=arguments.work_dir,
             max_context=arguments.max_context,

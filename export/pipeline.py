@@ -23,14 +23,16 @@ from .building import build, write
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import open_weights
 from .checkpoint.prequantized import read_packing
-from .choices import LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
+from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
 from .evaluate.figures import measure_quality
+from .evaluate.overlap import check_disjoint
 from .evaluate.selfcheck import run_once
 from .fallback.model import OptimumModel, read_model
 from .plan import Plan, Progress
+from .quantize.budget import Budget, check_least
 from .quantize.calibration import Calibration
-from .quantize.choice import check_choice, choose_calibration, choose_storage
+from .quantize.choice import Request, choose_recipe
 from .quantize.storage import FLOAT32
 from .writer import BundleWriter
 
@@ -43,7 +45,11 @@ def export_model(
     *,
     quantize: str | None = None,
     block: int | None = None,
-    method: str = METHODS[0],
+    method: str | None = None,
+    vocabulary: str | None = None,
+    max_kld: float | None = None,
+    max_ppl_increase: float | None = None,
+    max_size: int | None = None,
     calibration: Calibration | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     max_context: int | None = None,
@@ -61,12 +67,21 @@ def export_model(
     Args:
         source: A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M-Instruct``.
         output: The bundle's folder; must not exist or be empty.
-        quantize: "fp32", "int8" or "int4" (default: "int4"). A checkpoint that GPTQ or AWQ
-            quantized keeps its integers, unless "fp32" dequantizes them.
+        quantize: "auto", "fp32", "int8" or "int4". "auto" (the default, unless one of ``block``,
+            ``method`` and ``vocabulary`` is given) stores each matrix in as many bits as measuring
+            shows it to be worth, 4.85 on the average, scales included, or within a budget. A
+            checkpoint that GPTQ or AWQ quantized keeps its integers, unless "fp32" dequantizes
+            them; where optimum makes the graph, "auto" is "int4".
         block: Weights that share a scale: 32, 64 or 128 (default 32).
-        method: How floats are rounded: "rtn", to the nearest integers, or "gptq", for the inputs
-            that each matrix has when the model runs on some text.
-        calibration: That text, and how GPTQ is done (default: the model writes the text itself).
+        method: How floats are rounded: "rtn", to the nearest integers (the default), or "gptq", for
+            the inputs that each matrix has when the model runs on some text.
+        vocabulary: "int4" or "int8": how the embedding and the head are stored (default: int8 with
+            "gptq", where a 4-bit vocabulary would lose most, or else as the rest).
+        max_kld: A mix that loses no more: KL divergence from the float32 model, nats per token, on
+            text that is like what it is calibrated on, but apart from it.
+        max_ppl_increase: A mix whose perplexity grows by no larger a share, on such text.
+        max_size: The truest mix whose bundle has no more bytes. At most one of the three is given.
+        calibration: What to calibrate on, and how (default: the model writes the text itself).
         work_dir: A folder where GPTQ keeps each layer's result. An export that was interrupted
             goes on from there if it is asked for the same again; it may be removed at any time
             (default: a temporary one).
@@ -82,7 +97,8 @@ def export_model(
         evaluate: A file of UTF-8 text on which to measure the bundle against its float32 original,
             which is exported beside it for the time; the manifest then has perplexity, KL
             divergence and top-1 agreement. Of a checkpoint that GPTQ or AWQ quantized, the
-            original is what its integers stand for.
+            original is what its integers stand for. Calibration text that shares a passage with it
+            is refused where it is a file, and left out where the model writes it.
         progress: Called with a phase, the work done and the whole work.
         warn: Called with what the user should know (default: nothing is said).
 
@@ -97,25 +113,35 @@ def export_model(
             what transformers computes.
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
-    check_choice(quantize, block)
-    calibration = choose_calibration(method, calibration, work_dir, quantize)
+    limits = {"max_kld": max_kld, "max_ppl_increase": max_ppl_increase, "max_size": max_size}
+    request = Request(
+        quantize=quantize,
+        block=block,
+        method=method,
+        vocabulary=vocabulary,
+        calibration=calibration,
+        work_dir=work_dir,
+        budget=None if limits == dict.fromkeys(limits) else Budget(**limits),
+    )
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
+    seen = calibration and calibration.read_text()
+    if seen is not None and text is not None:
+        check_disjoint(seen, text)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
     plan = replace(
-        _read(checkpoint, quantize, block, max_context, ignore_config, via, say),
-        calibration=calibration,
+        _read(checkpoint, request, max_context, ignore_config, via, say),
         work_dir=None if work_dir is None else Path(work_dir),
+        scored=text,
     )
-    _check_calibration(plan)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
-    floats = plan.storage == FLOAT32
+    floats = plan.recipe.storage == FLOAT32
     with (
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
         staged(target, overwrite=overwrite) as stage,
@@ -152,7 +178,7 @@ def _original(
 
     Its context is the same, for rotary scaling may hang on it.
     """
-    if plan.storage == FLOAT32:
+    if plan.recipe.storage == FLOAT32:
         yield stage
         return
     prefix = f".{target.name}.original."
@@ -172,8 +198,7 @@ def _original(
 
 def _read(
     checkpoint: Checkpoint,
-    quantize: str | None,
-    block: int | None,
+    request: Request,
     max_context: int | None,
     ignore: Collection[str],
     via: str,
@@ -182,8 +207,10 @@ def _read(
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
     packing = read_packing(config, ignore=ignore)
-    storage = choose_storage(quantize, block, packing)
     model = _read_model(config, ignore, via, say)
+    recipe = choose_recipe(request, packing, layered=isinstance(model, DecoderSpec))
+    if recipe.budget is not None and isinstance(model, DecoderSpec):
+        check_least(recipe.budget, model.tensor_shapes().values())
     context = _context(model, max_context, say)
     files = read_tokenizer(checkpoint.path, config)
     files.check(model.vocab)
@@ -191,32 +218,12 @@ def _read(
         checkpoint=checkpoint,
         model=model,
         files=files,
-        storage=storage,
+        recipe=recipe,
         packing=packing,
         context=context,
-        calibration=None,
         work_dir=None,
+        scored=None,
     )
-
-
-def _check_calibration(plan: Plan) -> None:
-    """Refuse to calibrate what has no floats, or no layers that can be run one by one."""
-    if plan.calibration is None:
-        return
-    if plan.packing is not None:
-        raise ArgumentError(
-            "method",
-            "left out",
-            "gptq",
-            f"The checkpoint is quantized already ({plan.packing}) and keeps its integers.",
-        )
-    if not isinstance(plan.model, DecoderSpec):
-        raise ArgumentError(
-            "method",
-            f"{METHODS[0]!r} where optimum makes the graph",
-            "gptq",
-            "Only the graph builder knows a model layer by layer.",
-        )
 
 
 def _read_model(

@@ -27,8 +27,7 @@ from .checkpoint.hub import Checkpoint
 from .checkpoint.prequantized import Packing
 from .fallback.model import OptimumModel
 from .graph.recorder import GraphRecorder
-from .quantize.calibration import Calibration
-from .quantize.storage import Storage
+from .quantize.choice import Recipe
 from .quantize.work import describe_calibration
 
 __all__ = ["MIN_ONNXRUNTIME", "Built", "Plan", "Progress", "make_manifest", "read_dims"]
@@ -44,17 +43,18 @@ Progress = Callable[[str, int, int], None]
 class Plan:
     """All that is known before the weights are read.
 
-    ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
+    ``recipe`` is for what the checkpoint has as floats, ``packing`` tells of its integers.
+    ``scored`` is the text on which the bundle will be measured: no calibration may have seen it.
     """
 
     checkpoint: Checkpoint
     model: DecoderSpec | OptimumModel
     files: TokenizerFiles
-    storage: Storage
+    recipe: Recipe
     packing: Packing | None
     context: int
-    calibration: Calibration | None
     work_dir: Path | None
+    scored: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,7 @@ class Built:
     dims: Dims
     quantization: Quantization
     producers: tuple[str, ...]
+    info: Mapping[str, Any]
 
 
 def make_manifest(
@@ -73,11 +74,11 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of a bundle whose other files are written."""
     checkpoint, files = plan.checkpoint, plan.files
-    info: dict[str, Any] = {}
+    info: dict[str, Any] = {**built.info}
     if files.ignored:
         info["ignored_generation_config"] = list(files.ignored)
-    if plan.calibration:
-        info["calibration"] = describe_calibration(plan.calibration)
+    if plan.recipe.calibration:
+        info["calibration"] = describe_calibration(plan.recipe.calibration)
     return Manifest(
         format=FORMAT,
         requires=(),

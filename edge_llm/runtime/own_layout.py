@@ -18,75 +18,103 @@ if TYPE_CHECKING:
 
 __all__ = ["OwnDecoder"]
 
+_INPUTS = ("input_ids", "query_lens", "seqlens_k", "total_sequence_length", "logits_index")
+
 
 class OwnDecoder:
     """A :class:`~edge_llm.runtime.decoder.Decoder` on one shared buffer per state tensor.
 
     Inputs and outputs are bound once and stay bound; a step writes the new tokens and lengths into
-    the bound memory. Binding again is needed only when the number of tokens changes, as between
-    the chunks of a prompt and the first token of the answer.
+    the bound memory. Binding again is needed only when the number of rows or tokens changes, as
+    between the chunks of a prompt and the first token of the answer.
 
     Args:
         session: The graph.
         manifest: The bundle's manifest.
-        capacity: Most tokens of the sequence.
+        capacity: Most tokens of a row.
+        rows: Sequences that are held at once; :meth:`step` knows only the first.
 
     Raises:
         RuntimeFailure: The graph is not what the manifest says.
         ArgumentError: There is no memory for this capacity.
     """
 
-    def __init__(self, session: ort.InferenceSession, manifest: Manifest, *, capacity: int) -> None:
-        state = manifest.decoder.state
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, *, capacity: int, rows: int = 1
+    ) -> None:
+        self._state = state = manifest.decoder.state
         self.graph = BoundGraph(session)
         self.graph.check_state(state)
-        self.cache = KVCache(state, rows=1, capacity=capacity)
+        self.cache = KVCache(state, rows=rows, capacity=capacity)
         self.widest = min(capacity, WIDEST_STEP)
         self._vocab = manifest.dims.vocab
-        self._tokens = np.zeros((1, 0), np.int64)
-        self._query_lens = np.zeros(1, np.int32)
-        self._seqlens_k = np.zeros(1, np.int32)
+        self._tokens = np.zeros((0, 0), np.int64)
+        self._query_lens = np.zeros(rows, np.int32)
+        self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._index = np.zeros(0, np.int64)
-        self._bound: tuple[int, int] | None = None
-        lengths = {
-            "query_lens": self._query_lens,
-            "seqlens_k": self._seqlens_k,
-            "total_sequence_length": self._total,
-        }
-        for name, array in lengths.items():
-            self.graph.check(name, dtypes=("int32",), shape=array.shape or ())
-            self.graph.bind(name, array)
+        self._logits = np.zeros((rows, self._vocab), np.float32)
+        self._bound = (0, 0, -1)
+        for name in ("query_lens", "seqlens_k"):
+            self.graph.check(name, dtypes=("int32",), shape=(rows,))
+        self.graph.check("total_sequence_length", dtypes=("int32",), shape=())
         self.graph.check("input_ids", dtypes=("int64",), shape=(None, None))
         self.graph.check("logits_index", dtypes=("int64",), shape=(None,))
         self.graph.check("logits", dtypes=("float32",), shape=(None, self._vocab))
-        self._logits = np.zeros((1, self._vocab), np.float32)
-        self.graph.check_inputs(
-            {"input_ids", "logits_index", *lengths, *(one.input for one in state)}
-        )
-        for one in state:
-            self.graph.bind(one.input, self.cache.buffers[one.input], output=one.output)
+        self.graph.check_inputs({*_INPUTS, *(one.input for one in state)})
+        self.graph.bind("total_sequence_length", self._total)
 
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
     ) -> NDArray[np.float32]:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
-        count = len(tokens)
-        past = int(self.cache.lengths[0])
-        assert 0 < count <= self.cache.capacity - past
-        assert 0 <= scored <= count
-        self._resize(count, scored)
-        self._tokens[0] = tokens
-        self._query_lens[0] = count
-        self._seqlens_k[0] = past + count - 1
-        self._total[...] = past + count
+        return self.step_rows([tokens], scored=[scored])
+
+    def step_rows(
+        self, tokens: Sequence[Sequence[int] | NDArray[np.int64]], *, scored: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Append tokens to the first rows, to each its own, and give logits of their last ones.
+
+        Args:
+            tokens: New tokens of row 0, 1 and so on, of any lengths; a row that gets none is idle
+                and stays as it is, and so do those behind the last. At least one gets some. They
+                are padded to the longest, for which each row must have room.
+            scored: Of each row, how many of its last new tokens to score.
+
+        Returns:
+            float32 [sum(scored), vocab], row after row: a view of a buffer that the next step
+            overwrites.
+
+        Raises:
+            Interrupted: :meth:`interrupt` was called.
+            RuntimeFailure: ONNX Runtime failed.
+        """
+        counts = [len(row) for row in tokens]
+        batch, width = len(counts), max(counts)
+        lengths = self.cache.lengths[:batch]
+        assert 0 < width <= self.cache.capacity - int(lengths.max())
+        self._resize(batch, width, sum(scored))
+        done = 0
+        for i, (row, count, last) in enumerate(zip(tokens, counts, scored, strict=True)):
+            assert 0 <= last <= count
+            self._tokens[i, :count] = row
+            end = i * width + count
+            self._index[done : done + last] = range(end - last, end)
+            done += last
+        self._query_lens[:batch] = counts
+        totals = lengths + self._query_lens[:batch]
+        # An idle row may be empty, but the operator takes no -1: it reads one token and drops it.
+        np.maximum(totals - 1, 0, out=self._seqlens_k[:batch])
+        self._total[...] = totals.max()
         try:
             self.graph.run()
         except BaseException:
-            self.cache.abandon(0, count)
+            for i, count in enumerate(counts):
+                self.cache.abandon(i, count)
             raise
-        self.cache.advance(0, count)
-        return self._logits[:scored]
+        for i, count in enumerate(counts):
+            self.cache.advance(i, count)
+        return self._logits[:done]
 
     def interrupt(self) -> None:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
@@ -96,15 +124,23 @@ class OwnDecoder:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
         self.graph.resume()
 
-    def _resize(self, count: int, scored: int) -> None:
+    def _resize(self, batch: int, width: int, scored: int) -> None:
         """Bind inputs and outputs of this size, where the last step had another."""
-        if self._bound == (count, scored):
+        if self._bound == (batch, width, scored):
             return
-        self._tokens = np.zeros((1, count), np.int64)
-        self.graph.bind("input_ids", self._tokens)
-        self._index = np.arange(count - scored, count, dtype=np.int64)
-        self.graph.bind("logits_index", self._index)
-        if scored > len(self._logits):
-            self._logits = np.zeros((scored, self._vocab), np.float32)
-        self.graph.bind_output("logits", self._logits[:scored])
-        self._bound = (count, scored)
+        if batch != self._bound[0]:
+            self.graph.bind("query_lens", self._query_lens[:batch])
+            self.graph.bind("seqlens_k", self._seqlens_k[:batch])
+            for one in self._state:
+                rows = self.cache.buffers[one.input][:batch]
+                self.graph.bind(one.input, rows, output=one.output)
+        if (batch, width) != self._bound[:2]:
+            self._tokens = np.zeros((batch, width), np.int64)
+            self.graph.bind("input_ids", self._tokens)
+        if scored != self._bound[2]:
+            self._index = np.zeros(scored, np.int64)
+            self.graph.bind("logits_index", self._index)
+            if scored > len(self._logits):
+                self._logits = np.zeros((scored, self._vocab), np.float32)
+            self.graph.bind_output("logits", self._logits[:scored])
+        self._bound = (batch, width, scored)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.errors import ArgumentError
 
-__all__ = ["PASSAGE", "check_disjoint", "shared_passage"]
+__all__ = ["PASSAGE", "ScoredText", "check_disjoint"]
 
 PASSAGE = 64
 """Characters that two texts must share to overlap; a power of two."""
@@ -25,38 +26,62 @@ def check_disjoint(calibration: str, scored: str) -> None:
         scored: What the model is measured on.
 
     Raises:
-        ArgumentError: See :func:`shared_passage`.
+        ArgumentError: See :meth:`ScoredText.passage`; it says on which lines the passage ends.
     """
-    passage = shared_passage(calibration, scored)
+    passage = ScoredText(scored).passage(calibration)
     if passage is not None:
         raise ArgumentError(
             "calibration",
             f"text of which the scored text has no passage of {PASSAGE} characters",
             passage,
-            "This passage is in both: a model that was fitted to a text looks better on it than it "
-            "is. Take another text for one of the two.",
+            f"This passage ends on line {_last_line(calibration, passage)} of the calibration text "
+            f"and on line {_last_line(scored, passage)} of the scored text: a model that was "
+            "fitted to a text looks better on it than it is. Take another text for one of the two.",
         )
 
 
-def shared_passage(calibration: str, scored: str) -> str | None:
-    """A passage of :data:`PASSAGE` characters that two texts share.
+class ScoredText:
+    """A text that a model is measured on, to be compared with others.
 
     Case, punctuation and white space do not matter: rulers and line breaks make no passage, and
-    hide none. Of a text that is shorter, all of it is the passage.
-
-    Returns:
-        The first such passage of ``scored``, in lower case with a space between words; None where
-        there is none.
+    hide none.
     """
-    left, right = _words(calibration), _words(scored)
-    shorter, longer = sorted((left, right), key=len)
-    if len(shorter) < PASSAGE:
-        return shorter if shorter and shorter in longer else None
-    for start in np.flatnonzero(np.isin(_hashes(right), _hashes(left))):
-        passage = right[start : start + PASSAGE]
-        if passage in left:  # a hash alone may lie
-            return passage
-    return None
+
+    def __init__(self, text: str) -> None:
+        self._words = _words(text)
+        self._hashes = _hashes(self._words)
+        self._sorted = np.sort(self._hashes)
+
+    def passage(self, other: str) -> str | None:
+        """A passage of :data:`PASSAGE` characters that another text shares with this one.
+
+        Of a text that is shorter, all of it is the passage.
+
+        Returns:
+            The first such passage of this text, in lower case with a space between words; None
+            where there is none.
+        """
+        words = _words(other)
+        shorter, longer = sorted((words, self._words), key=len)
+        if len(shorter) < PASSAGE:
+            return shorter if shorter and shorter in longer else None
+        hashes = _hashes(words)
+        nearest = np.searchsorted(self._sorted, hashes).clip(max=len(self._sorted) - 1)
+        common = hashes[self._sorted[nearest] == hashes]
+        if not len(common):
+            return None
+        for start in np.flatnonzero(np.isin(self._hashes, common)):
+            passage = self._words[start : start + PASSAGE]
+            if passage in words:  # a hash alone may lie
+                return passage
+        return None
+
+
+def _last_line(text: str, passage: str) -> int:
+    """The line on which a passage first ends, counted from 1."""
+    lines, passage = text.split("\n"), passage.strip()
+    counts = range(1, len(lines) + 1)
+    return counts[bisect_left(counts, True, key=lambda n: passage in _words("\n".join(lines[:n])))]
 
 
 def _words(text: str) -> str:
@@ -67,7 +92,7 @@ def _hashes(text: str) -> NDArray[np.uint64]:
     """A polynomial hash (modulo 2**64) of each passage, by doubling the length.
 
     Returns:
-        uint64 [characters - PASSAGE + 1].
+        uint64 [characters - PASSAGE + 1], or none.
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     hashes, base, length = codes.astype(np.uint64), _BASE, 1

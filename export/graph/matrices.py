@@ -21,6 +21,7 @@ __all__ = [
     "Scaled",
     "Stacked",
     "Transposed",
+    "checkpoint_names",
     "head_map",
     "read_finite",
 ]
@@ -176,6 +177,16 @@ class Scaled:
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop)."""
         return self.source.read(start, stop) * np.float32(self.factor)
+
+
+def checkpoint_names(matrix: Matrix) -> list[str]:
+    """Names of the tensors that a matrix is made from."""
+    if isinstance(matrix, CheckpointMatrix):
+        return [matrix.name]
+    if isinstance(matrix, Stacked):
+        return [name for part in matrix.parts for name in checkpoint_names(part)]
+    assert isinstance(matrix, MappedRows | MappedColumns | Transposed | Scaled)
+    return checkpoint_names(matrix.source)
 
 
 def head_map(

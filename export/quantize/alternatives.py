@@ -17,7 +17,7 @@ from .gptq import row_losses
 from .mixing import CHOICES, Option
 from .storage import QuantizedMatrix, RoundedMatrix, RowRange
 
-__all__ = ["alternatives", "groups", "token_weights", "wide_vocabulary"]
+__all__ = ["alternatives", "token_weights", "vocabularies"]
 
 # How the rows of frequent tokens are stored.
 WIDE = CHOICES[-1]
@@ -31,28 +31,24 @@ ROWS_AT_ONCE = 32
 
 
 def alternatives(
-    spec: DecoderSpec,
-    weights: Weights,
     candidates: Mapping[str, Candidates],
+    vocabularies: Mapping[str, Matrix],
     frequencies: NDArray[np.float64],
 ) -> dict[str, list[Option]]:
     """The options of every matrix.
 
     Args:
-        spec: The architecture.
-        weights: The checkpoint.
-        candidates: The projections and the head in each of :data:`CHOICES`.
+        candidates: The projections in each of :data:`~.mixing.CHOICES`; the head in all but the
+            last.
+        vocabularies: The embedding and the head.
         frequencies: How often each token comes, float64 [vocab].
     """
-    vocabularies = _vocabularies(spec, weights)
-    found = {
-        name: _projection(one) for name, one in candidates.items() if name not in vocabularies
-    }
+    found = {name: _projection(one) for name, one in candidates.items() if name not in vocabularies}
     for name, matrix in vocabularies.items():
         narrow: Sequence[QuantizedMatrix]
         if name in candidates:
-            narrow = candidates[name].matrices[:-1]
-            losses = [one.losses for one in candidates[name].matrices[:-1]]
+            narrow = candidates[name].matrices
+            losses = [one.losses for one in candidates[name].matrices]
         else:
             narrow = [RoundedMatrix(matrix, one) for one in CHOICES[:-1]]
             # All that a gathered row's elements lose counts the same.
@@ -62,17 +58,12 @@ def alternatives(
     return found
 
 
-def groups(spec: DecoderSpec, options: Mapping[str, object]) -> list[list[str]]:
-    """Names of matrices whose losses are in one unit: the layers', and each vocabulary's."""
-    vocabularies = ["embed_tokens", *([] if spec.tied else ["lm_head"])]
-    return [[name for name in options if name not in vocabularies], *([v] for v in vocabularies)]
-
-
-def wide_vocabulary(spec: DecoderSpec, weights: Weights) -> dict[str, tuple[QuantizedMatrix, ...]]:
-    """The embedding and the head in 8 bits."""
-    return {
-        name: (RoundedMatrix(matrix, WIDE),) for name, matrix in _vocabularies(spec, weights).items()
-    }
+def vocabularies(spec: DecoderSpec, weights: Weights) -> dict[str, Matrix]:
+    """The embedding, and the head where it is another matrix, by their names in the graph."""
+    found = {"embed_tokens": embedding_matrix(spec, weights)}
+    if not spec.tied:
+        found["lm_head"] = CheckpointMatrix(weights, f"{spec.names.head}.weight")
+    return found
 
 
 def token_weights(windows: NDArray[np.int64], vocab: int) -> NDArray[np.float64]:
@@ -85,7 +76,7 @@ def token_weights(windows: NDArray[np.int64], vocab: int) -> NDArray[np.float64]
 def _projection(one: Candidates) -> list[Option]:
     reference = float(one.matrices[0].losses.sum()) or 1.0
     return [
-        Option((matrix,), stored_size(matrix), one.error * float(matrix.losses.sum()) / reference)
+        Option((matrix,), _stored_size(matrix), one.error * float(matrix.losses.sum()) / reference)
         for matrix in one.matrices
     ]
 
@@ -106,18 +97,11 @@ def _vocabulary(
             if first < rows:
                 parts.append(RowRange(rest, first, rows))
             loss = float(frequencies[first:] @ lost[first:])
-            found.append(Option(tuple(parts), sum(map(stored_size, parts)), loss))
+            found.append(Option(tuple(parts), sum(map(_stored_size, parts)), loss))
     return found
 
 
-def _vocabularies(spec: DecoderSpec, weights: Weights) -> dict[str, Matrix]:
-    found = {"embed_tokens": embedding_matrix(spec, weights)}
-    if not spec.tied:
-        found["lm_head"] = CheckpointMatrix(weights, f"{spec.names.head}.weight")
-    return found
-
-
-def stored_size(matrix: QuantizedMatrix) -> int:
+def _stored_size(matrix: QuantizedMatrix) -> int:
     """Bytes of the integers and the scales."""
     blob = matrix.storage.blob_shape(*matrix.shape)
     return math.prod(blob) + 4 * blob[0] * blob[1]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_llm.errors import ArgumentError
 
-from .mixing import Ladder, Mix, Option, best, cheapest, rescaled
+from .mixing import CHOICES, Ladder, Mix, Option, best, cheapest, rescaled
 
-__all__ = ["Budget", "Found", "Trial", "check_size", "find_mix", "parse_size"]
+__all__ = ["Budget", "Found", "Trial", "check_least", "find_mix", "parse_size"]
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -111,7 +112,8 @@ def find_mix(
         _check_reach(budget, top)
     else:
         least = sum(one.size for one in cheapest(options).values())
-        check_size(budget, room - least, least + fixed)
+        if least > room:
+            raise _too_small(budget, least + fixed)
     for names in groups:
         low = cheapest({name: options[name] for name in names})
         lost = tried({**truest, **low}).kl_divergence - top.kl_divergence
@@ -125,24 +127,31 @@ def find_mix(
     return Found(mix, (*(one for one in trials if one is not last), last))
 
 
-def check_size(budget: Budget, spare: int, least: int) -> None:
-    """Refuse a size that no mix has.
+def check_least(budget: Budget, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse a size that even the smallest storage of a model's matrices exceeds.
 
     Args:
         budget: The limit.
-        spare: Bytes that the smallest mix leaves.
-        least: Bytes of the smallest bundle.
+        shapes: Of the model's tensors; only matrices are counted.
 
     Raises:
-        ArgumentError: ``spare`` is negative.
+        ArgumentError: No mix can be that small.
     """
-    if spare < 0:
-        raise ArgumentError(
-            "max_size",
-            f"at least {least:,} bytes, which this model takes at 4 bits",
-            budget.max_size,
-            "Allow more, or take a smaller model.",
-        )
+    if budget.max_size is None:
+        return
+    blobs = (CHOICES[0].blob_shape(*shape) for shape in shapes if len(shape) == 2)
+    least = sum(math.prod(blob) + 4 * blob[0] * blob[1] for blob in blobs)
+    if least > budget.max_size:
+        raise _too_small(budget, least)
+
+
+def _too_small(budget: Budget, least: int) -> ArgumentError:
+    return ArgumentError(
+        "max_size",
+        f"at least {least:,} bytes, which this model takes at 4 bits",
+        budget.max_size,
+        "Allow more, or take a smaller model.",
+    )
 
 
 def _check_reach(budget: Budget, top: Trial) -> None:

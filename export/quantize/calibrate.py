@@ -23,13 +23,13 @@ from edge_llm.runtime.session import create_session
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
 from ..graph.decoder import GRAPH_FILE
+from ..graph.matrices import checkpoint_names
 from ..graph.parts import Part, build_embedding, build_head, build_layer
 from ..writer import BundleWriter
 from .calibration import Calibration
 from .gptq import Feedback, GPTQMatrix, factorize, row_losses
 from .shelf import Shelf, ShelvedMatrix
 from .storage import FLOAT32, Storage
-from .work import matrices_folder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -62,10 +62,12 @@ class Candidates:
         matrices: As many as there are storages, in their order.
         error: By how much the layer's output is wrong with the first of them, all else in 8 bits:
             mean square, as a share of the output's. 1 for a head, and with one storage.
+        tensors: What it is made from, by their names in the checkpoint.
     """
 
     matrices: tuple[ShelvedMatrix, ...]
     error: float
+    tensors: tuple[str, ...]
 
 
 def calibrate(
@@ -74,9 +76,11 @@ def calibrate(
     windows: NDArray[np.int64],
     *,
     storages: Sequence[Storage],
+    vocabulary: Storage,
+    head: Sequence[Storage],
     context: int,
     calibration: Calibration,
-    work: Path,
+    folder: Path,
     minimum: str,
     report: Callable[[str, int, int], None],
 ) -> dict[str, Candidates]:
@@ -88,17 +92,18 @@ def calibrate(
         windows: Tokens to calibrate on, int64 [windows, tokens].
         storages: Blocks of 4- or 8-bit integers; the layers behind one are calibrated for what it
             gives in the first of them.
+        vocabulary: How the embedding is stored.
+        head: As which blocks of integers the head is quantized.
         context: Longest sequence of the bundle.
         calibration: How to quantize.
-        work: A folder where matrices are kept; what is there already is not computed again.
+        folder: Where matrices are kept; what is there already is not computed again.
         minimum: Oldest version of onnxruntime that has the graph's operators.
         report: Called with a phase, the layers done and all.
 
     Returns:
         The matrices, by the name of their weight in the graph.
     """
-    shelves = {one: Shelf(matrices_folder(work, one)) for one in storages}
-    state = _Work(windows, shelves, calibration, minimum)
+    state = _Work(windows, folder, calibration, minimum)
     found: dict[str, Candidates] = {}
     report("calibrating", 0, spec.layers)
 
@@ -106,20 +111,33 @@ def calibrate(
         parts = {name: (matrix,) for name, matrix in calibrated.items()}
         return build_layer(spec, weights, index, storage=storage, context=context, calibrated=parts)
 
-    embedding = build_embedding(spec, weights, storage=storages[0], context=context)
+    embedding = build_embedding(spec, weights, storage=vocabulary, context=context)
     stream = state.run(embedding, windows)
     for i in range(spec.layers):
-        matrices = state.quantize(layer(i, FLOAT32, {}), stream, calibration.damping)
+        part = layer(i, FLOAT32, {})
+        matrices = state.quantize(part, storages, stream, calibration.damping)
         first = {name: some[0] for name, some in matrices.items()}
         errors = dict.fromkeys(matrices, 1.0)
         if len(storages) > 1:
             errors = state.errors(partial(layer, i, NEARLY_FLOAT), first, stream)
-        found |= {name: Candidates(some, errors[name]) for name, some in matrices.items()}
+        found |= _candidates(part, matrices, errors)
         stream = state.run(layer(i, storages[0], first), stream)
         report("calibrating", i + 1, spec.layers)
-    damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
-    head = state.quantize(build_head(spec, weights), stream, damping)
-    return found | {name: Candidates(some, 1.0) for name, some in head.items()}
+    if head:
+        damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
+        part = build_head(spec, weights)
+        matrices = state.quantize(part, head, stream, damping)
+        found |= _candidates(part, matrices, dict.fromkeys(matrices, 1.0))
+    return found
+
+
+def _candidates(
+    part: Part, matrices: Mapping[str, tuple[ShelvedMatrix, ...]], errors: Mapping[str, float]
+) -> dict[str, Candidates]:
+    return {
+        name: Candidates(some, errors[name], tuple(checkpoint_names(part.projections[name].matrix)))
+        for name, some in matrices.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +145,18 @@ class _Work:
     """What stays the same from layer to layer."""
 
     windows: NDArray[np.int64]
-    shelves: Mapping[Storage, Shelf]
+    folder: Path
     calibration: Calibration
     minimum: str
 
     def quantize(
-        self, part: Part, stream: NDArray[np.float32], damping: float
+        self, part: Part, storages: Sequence[Storage], stream: NDArray[np.float32], damping: float
     ) -> dict[str, tuple[ShelvedMatrix, ...]]:
         """Quantize a float32 part's projections, those that are not on the shelves."""
+        shelves = [(one, self._shelf(one)) for one in storages]
         missing = [
             (name, storage, shelf)
-            for storage, shelf in self.shelves.items()
+            for storage, shelf in shelves
             for name, one in part.projections.items()
             if shelf.get(name, one.matrix.shape, storage) is None
         ]
@@ -160,11 +179,16 @@ class _Work:
         return {
             name: tuple(
                 stored
-                for storage, shelf in self.shelves.items()
+                for storage, shelf in shelves
                 if (stored := shelf.get(name, one.matrix.shape, storage))
             )
             for name, one in part.projections.items()
         }
+
+    def _shelf(self, storage: Storage) -> Shelf:
+        folder = self.folder / str(storage)
+        folder.mkdir(exist_ok=True)
+        return Shelf(folder)
 
     def errors(
         self,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm import LLM
 from edge_llm.errors import ArgumentError
 from edge_llm.text.tokenizer import Tokenizer
 
 from .gptq import DEFAULT_DAMPING
 
-__all__ = ["Calibration", "draw_windows", "read_windows"]
+__all__ = ["Calibration", "read_windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,78 +46,65 @@ class Calibration:
         if not 0 < self.damping <= 1:
             raise ArgumentError("damping", "above 0 and at most 1", self.damping)
 
+    def read_text(self) -> str | None:
+        """The file's text; None where the model writes it.
+
+        Raises:
+            ArgumentError: The file cannot be read.
+        """
+        if self.text is None:
+            return None
+        path = Path(self.text)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ArgumentError("text", f"a readable file in UTF-8 ({error})", str(path)) from error
+
 
 def read_windows(
-    tokenizer: Tokenizer, calibration: Calibration, *, context: int
-) -> NDArray[np.int64]:
-    """Windows of the file's text, spread evenly over it, int64 [windows, tokens].
+    tokenizer: Tokenizer, calibration: Calibration, *, context: int, validation: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Windows of the file's text, spread evenly over it, and others between them to validate on.
 
     Args:
         tokenizer: The model's tokenizer.
         calibration: What to calibrate on.
         context: Most tokens of a window.
+        validation: Windows to validate on; where the file is too short for all that are asked for,
+            both kinds have their share of those that it has.
+
+    Returns:
+        int64 [windows, tokens] both, BOS in front where a prompt starts with it; no window is in
+        both, not even as a repeated passage of the text.
 
     Raises:
-        ArgumentError: The file cannot be read, or is shorter than a window.
+        ArgumentError: The file cannot be read, or is too short or too repetitive.
     """
-    assert calibration.text is not None
-    path = Path(calibration.text)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ArgumentError("text", f"a readable file in UTF-8 ({error})", str(path)) from error
-    first = tokenizer.encode("")  # BOS, where a prompt starts with it
+    text = calibration.read_text()
+    assert text is not None
+    first = tokenizer.encode("")
     width = min(calibration.tokens, context) - len(first)
     stream = np.array(tokenizer.encode(text, add_bos=False), np.int64)
     whole = len(stream) // width
-    if not whole:
+    needed = width * (2 if validation else 1)
+    if len(stream) < needed:
         raise ArgumentError(
-            "text", f"a file of at least {width} tokens", f"{path} ({len(stream)} tokens)"
+            "text",
+            f"a file of at least {needed} tokens",
+            f"{calibration.text} ({len(stream)} tokens)",
         )
-    chosen = np.unique(np.linspace(0, whole - 1, calibration.samples).round().astype(np.int64))
+    asked = calibration.samples + validation
+    chosen = np.unique(np.linspace(0, whole - 1, asked).round().astype(np.int64))
     windows = stream[: whole * width].reshape(whole, width)[chosen]
-    return np.insert(windows, np.zeros(len(first), np.int64), first, axis=1)
-
-
-def draw_windows(
-    llm: LLM, calibration: Calibration, report: Callable[[str, int, int], None]
-) -> NDArray[np.int64]:
-    """Windows of text that the model itself writes, int64 [samples, tokens].
-
-    Every text starts from BOS, or from a random token where there is no BOS; where one ends early,
-    the next one fills its window up.
-    """
-    width = min(calibration.tokens, llm.context)
-    random = np.random.default_rng(calibration.seed)
-    windows = np.empty((calibration.samples, width), np.int64)
-    for i, window in enumerate(windows):
-        report("drawing", i, len(windows))
-        held: list[int] = []
-        while len(held) < width:
-            held += _text(llm, width - len(held), random)
-        window[:] = held
-    report("drawing", len(windows), len(windows))
-    return windows
-
-
-def _text(llm: LLM, most: int, random: np.random.Generator) -> Iterator[int]:
-    """One text of at most ``most`` tokens, all of the distribution's tokens possible."""
-    bos = llm.manifest.tokens.bos
-    first = int(random.integers(llm.manifest.dims.vocab)) if bos is None else bos
-    seed = int(random.integers(1 << 31))
-    yield first
-    if most > 1:
-        answer = llm.generate(
-            [first],
-            max_tokens=most - 1,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            logit_bias={},
-            seed=seed,
+    windows = np.insert(windows, np.zeros(len(first), np.int64), first, axis=1)
+    apart = np.zeros(len(windows), np.bool_)
+    if validation:
+        count = min(max(1, len(windows) * validation // asked), len(windows) - 1)
+        apart[(np.arange(count) * len(windows) + len(windows) // 2) // count] = True
+    used, held = windows[~apart], windows[apart]
+    held = held[[not (used == window).all(axis=1).any() for window in held]]
+    if validation and not len(held):
+        raise ArgumentError(
+            "text", "a file that does not repeat itself window by window", str(calibration.text)
         )
-        yield from answer.tokens
+    return used, held

@@ -74,7 +74,9 @@ class Request:
         if self.quantize == "int8" and self.vocabulary == "int4":
             raise ArgumentError("vocabulary", "'int8' or left out with int8", self.vocabulary)
         if not self.calibrated:
-            self._refuse("without method 'gptq', as nothing is calibrated", "calibration", "work_dir")
+            self._refuse(
+                "without method 'gptq', as nothing is calibrated", "calibration", "work_dir"
+            )
 
     @property
     def mixed(self) -> bool:

@@ -45,6 +45,11 @@ class Storage:
     block: int | None
     symmetric: bool = True
 
+    def __str__(self) -> str:
+        if self.block is None:
+            return f"fp{self.bits}"
+        return f"int{self.bits}-block{self.block}"
+
     def blob_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Shape of the packed bytes [rows, blocks, bytes of a block]."""
         assert self.block is not None

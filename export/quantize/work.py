@@ -11,6 +11,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_llm.errors import ExportError
 
 from .calibration import Calibration
@@ -53,9 +56,19 @@ def work_folder(
     yield folder
 
 
-def matrices_folder(work: Path, storage: Storage) -> Path:
-    """The folder inside a work folder for the matrices of one storage."""
-    folder = work / f"int{storage.bits}-block{storage.block}"
+def matrices_folder(
+    work: Path, windows: NDArray[np.int64], storage: Storage, vocabulary: Storage
+) -> Path:
+    """The folder inside a work folder for matrices that are calibrated on the same activations.
+
+    Args:
+        work: The work folder.
+        windows: int64 [windows, tokens]; which ones are drawn hangs on what is to be scored.
+        storage: Of the layers in front of each.
+        vocabulary: Of the embedding.
+    """
+    text = hashlib.sha256(windows.tobytes()).hexdigest()[:8]
+    folder = work / f"behind-{storage}-{vocabulary}-{text}"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,20 +91,31 @@ def build(*, window_sized: bool) -> tuple[GraphRecorder, tuple[StateTensor, ...]
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, OwnDecoder]:
     """The graph with window-sized buffers (True) and with whole ones (False)."""
-    decoders = {}
+    folder = tmp_path_factory.mktemp("windows")
+    return {
+        window_sized: open_graph(folder, window_sized=window_sized, rows=1)
+        for window_sized in (True, False)
+    }
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory: pytest.TempPathFactory) -> OwnDecoder:
+    """The graph with window-sized buffers for three sequences."""
+    return open_graph(tmp_path_factory.mktemp("rows"), window_sized=True, rows=3)
+
+
+def open_graph(folder: Path, *, window_sized: bool, rows: int) -> OwnDecoder:
+    path = folder / f"{window_sized}.onnx"
+    graph, state = build(window_sized=window_sized)
+    path.write_bytes(graph.model("none", {}, "0").SerializeToString())
     manifest = Manifest.from_json((BUNDLE / "manifest.json").read_text())
-    for window_sized in (True, False):
-        path = tmp_path_factory.mktemp("windows") / "model.onnx"
-        graph, state = build(window_sized=window_sized)
-        path.write_bytes(graph.model("none", {}, "0").SerializeToString())
-        described = dataclasses.replace(
-            manifest,
-            dims=dataclasses.replace(manifest.dims, vocab=VOCAB, context=CONTEXT),
-            decoder=DecoderGraph(graph="model.onnx", layout="edge_llm.v1", state=state),
-        )
-        session = create_session(path, threads=1, minimum="1.32")
-        decoders[window_sized] = OwnDecoder(session, described, capacity=CONTEXT)
-    return decoders
+    described = dataclasses.replace(
+        manifest,
+        dims=dataclasses.replace(manifest.dims, vocab=VOCAB, context=CONTEXT),
+        decoder=DecoderGraph(graph="model.onnx", layout="edge_llm.v1", state=state),
+    )
+    session = create_session(path, threads=1, minimum="1.32")
+    return OwnDecoder(session, described, capacity=CONTEXT, rows=rows)
 
 
 def relative_error(got: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -199,6 +211,49 @@ def test_taking_back_past_an_eviction_would_be_wrong(decoders: dict[bool, OwnDec
         decoder.cache.lengths[0] = size - 1
     got, expected = (decoder.step(TOKENS[size - 1 : size], scored=1) for decoder in (small, whole))
     assert relative_error(got, expected) > 0.01
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.sampled_from([0, 0, 1, 1, 3, 40, 300])] * 3).filter(any),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@example([(300, 1, 0), (300, 0, 3), (1, 40, 1), (300, 1, 1)], 3, True)
+@settings(max_examples=10)
+def test_rows_of_one_step_do_not_see_each_other(
+    decoders: dict[bool, OwnDecoder],
+    batched: OwnDecoder,
+    steps: list[tuple[int, int, int]],
+    rows: int,
+    restart: bool,
+) -> None:
+    streams = [np.roll(TOKENS, 100 * row) for row in range(3)]
+    for row in range(3):
+        batched.cache.truncate(row, 0)
+    for number, counts in enumerate(steps):
+        used = rows if any(counts[:rows]) else 3
+        if restart and number == 2:
+            batched.cache.truncate(0, 0)
+        starts = batched.cache.lengths.copy()
+        parts = [streams[row][starts[row] :][: counts[row]] for row in range(used)]
+        scored = [min(count, 2) for count in counts[:used]]
+        got = batched.step_rows(parts, scored=scored)
+        assert len(got) == sum(scored)
+        assert batched.cache.lengths.tolist() == [
+            start + (counts[row] if row < used else 0) for row, start in enumerate(starts)
+        ]
+        done = 0
+        for row, count in enumerate(scored):
+            if count:
+                alone = decoders[False]
+                alone.cache.truncate(0, 0)
+                expected = alone.step(streams[row][: batched.cache.lengths[row]], scored=count)
+                assert relative_error(got[done : done + count], expected) < 1e-4
+                done += count
 
 
 def turns() -> Iterator[Sequence[int]]:

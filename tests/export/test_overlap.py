@@ -9,11 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_llm.errors import ArgumentError
-from edge_llm_export.evaluate.overlap import PASSAGE, check_disjoint, shared_passage
+from edge_llm_export.evaluate.overlap import PASSAGE, ScoredText, check_disjoint
 
 
 def letters(count: int, seed: int) -> str:
     return "".join(random.Random(seed).choices("abcdefghij", k=count))
+
+
+def shared_passage(calibration: str, scored: str) -> str | None:
+    return ScoredText(scored).passage(calibration)
 
 
 def test_a_shared_passage_is_named() -> None:
@@ -21,6 +25,14 @@ def test_a_shared_passage_is_named() -> None:
     with pytest.raises(ArgumentError, match=passage) as caught:
         check_disjoint(letters(500, 1) + passage, letters(300, 2) + passage + letters(9, 3))
     assert caught.value.argument == "calibration"
+
+
+def test_the_lines_are_named_on_which_it_ends() -> None:
+    passage = " ".join(letters(9, seed) for seed in range(7))
+    left = "one\ntwo\n" + passage.replace(" ", "\n") + "\nend\n"
+    right = letters(300, 2) + "\n\n" + passage.upper() + "\nend"
+    with pytest.raises(ArgumentError, match=r"line 9 of the calibration.* line 3 of the scored"):
+        check_disjoint(left, right)
 
 
 def test_different_texts_pass() -> None:
