@@ -81,8 +81,8 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         choices=(AUTO, *QUANTIZATIONS),
-        help=f"{AUTO}: each matrix in as many bits as measuring shows it to be worth, {AUTO_BITS} on "
-        "the average (default, where none of --block, --method and --vocabulary is given); a "
+        help=f"{AUTO}: each matrix in as many bits as measuring shows it to be worth, {AUTO_BITS} "
+        "on the average (default, where none of --block, --method and --vocabulary is given); a "
         "checkpoint that GPTQ or AWQ quantized keeps its integers, unless this is fp32",
     )
     group.add_argument(

@@ -89,14 +89,13 @@ def test_every_kind_of_layer_calibrates(family: str, make_checkpoint: Any, tmp_p
         tmp_path / "bundle",
         block=32,
         method="gptq",
+        vocabulary="int4",
         calibration=SMALL,
         work_dir=tmp_path / "work",
     )
     assert manifest.quantization.method == "calibrated"
     assert manifest.info["calibration"]["method"] == "gptq"
-    kept = {
-        file.name.removesuffix(".scales.npy") for file in tmp_path.glob("work/*/*/*.scales.npy")
-    }
+    kept = {file.name.removesuffix(".scales.npy") for file in tmp_path.rglob("*.scales.npy")}
     a_layer = 4 * manifest.dims.layers
     tied = family in ("gpt2", "qwen3", "gemma2")
     assert len(kept) == a_layer + 1
@@ -160,8 +159,10 @@ def test_text_of_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ({"method": "awq"}, "method"),
         ({"method": "gptq", "quantize": "fp32"}, "method"),
         ({"method": "gptq", "via": "optimum"}, "method"),
-        ({"calibration": SMALL}, "calibration"),
-        ({"work_dir": "work"}, "work_dir"),
+        ({"quantize": "int4", "calibration": SMALL}, "calibration"),
+        ({"quantize": "int4", "work_dir": "work"}, "work_dir"),
+        ({"quantize": "auto", "via": "optimum", "work_dir": "work"}, "work_dir"),
+        ({"max_kld": 0.1, "via": "optimum"}, "max_kld"),
     ],
 )
 def test_what_cannot_be_calibrated(

@@ -32,7 +32,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules}))
     assert "edge_llm_export" in loaded
     assert not loaded & {"numpy", "onnx", "onnxruntime", "safetensors", "huggingface_hub", "tqdm"}
     shown = " ".join(" ".join(text).split())
-    for choice in ("{fp32,int8,int4}", "(default: int4)", "{32,64,128}", "(default: 32)"):
+    for choice in ("{auto,fp32,int8,int4}", "4.85 on the average", "{32,64,128}", "(default: 32)"):
         assert choice in shown
     assert "but at most 8192" in shown
 
@@ -68,7 +68,16 @@ def test_keys_to_ignore(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) 
     config = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
     (checkpoint / "config.json").unlink()
     (checkpoint / "config.json").write_text(json.dumps(config | {"new_idea": 1, "other": True}))
-    argv = ["export", str(checkpoint), "-o", str(tmp_path / "bundle"), "--ignore-config", "other"]
+    argv = [
+        "export",
+        str(checkpoint),
+        "-o",
+        str(tmp_path / "bundle"),
+        "--quantize",
+        "int4",
+        "--ignore-config",
+        "other",
+    ]
     assert main(argv) == 1
     assert "new_idea" in capsys.readouterr().err
     assert main([*argv, "--ignore-config", "new_idea"]) == 0
@@ -85,7 +94,15 @@ def test_keys_to_ignore(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) 
 def test_values_outside_their_domain(
     flags: list[str], message: str, tiny_checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    argv = ["export", str(tiny_checkpoint), "-o", str(tmp_path / "bundle"), *flags]
+    argv = [
+        "export",
+        str(tiny_checkpoint),
+        "-o",
+        str(tmp_path / "bundle"),
+        "--quantize",
+        "int4",
+        *flags,
+    ]
     assert main(argv) == 1
     assert capsys.readouterr().err.startswith(f"edge-llm: {message}")
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +133,10 @@ def test_interrupt_leaves_nothing(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(pipeline, "run_once", interrupt)
-    assert main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "bundle")]) == 130
+    assert (
+        main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "bundle"), "--quantize", "int4"])
+        == 130
+    )
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +171,10 @@ def test_bar_at_a_terminal(
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
-    assert main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "bundle")]) == 0
+    assert (
+        main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "bundle"), "--quantize", "int4"])
+        == 0
+    )
     for phase in ("reading", "writing", "verifying"):
         assert f"\r{phase}: " in stream.getvalue()
     assert capsys.readouterr().out.startswith("Wrote ")

@@ -79,7 +79,7 @@ def test_a_float32_bundle_is_its_own_original(
 
 
 def test_nothing_is_measured_unasked(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    assert export_model(tiny_checkpoint, tmp_path / "bundle").quality == ()
+    assert export_model(tiny_checkpoint, tmp_path / "bundle", quantize="int4").quality == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"caf\xe9"])
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_text_is_refused_before_any_work(
 ) -> None:
     text_file.write_bytes(content)
     with pytest.raises(ArgumentError, match=r"^evaluate must be a file"):
-        export_model(tmp_path / "none", tmp_path / "bundle", evaluate=text_file)
+        export_model(tmp_path / "none", tmp_path / "bundle", evaluate=text_file, quantize="int4")
 
 
 def test_a_text_without_a_token_to_score_leaves_nothing(
@@ -96,5 +96,5 @@ def test_a_text_without_a_token_to_score_leaves_nothing(
 ) -> None:
     text_file.write_text("a")
     with pytest.raises(ArgumentError, match=r"^text must be at least 2 tokens long"):
-        export_model(tiny_checkpoint, tmp_path / "bundle", evaluate=text_file)
+        export_model(tiny_checkpoint, tmp_path / "bundle", evaluate=text_file, quantize="int4")
     assert [path.name for path in tmp_path.iterdir()] == ["tale.txt"]

@@ -125,7 +125,7 @@ def test_tensors_claimed_and_there_but_empty(checkpoint: Path, tmp_path: Path) -
     with (checkpoint / SINGLE).open("r+b") as file:
         file.truncate(file.seek(0, 2) + end)
     with refused(CheckpointError, match=r"model\.norm\.weight"):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["canary", "checkpoint"]
 
 
@@ -169,7 +169,7 @@ def test_pickles_are_never_loaded(name: str, checkpoint: Path, tmp_path: Path) -
         (checkpoint / SINGLE).unlink()
     (checkpoint / name).write_bytes(payload)
     with refused(CheckpointError):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert not proof.exists()
 
 
@@ -191,7 +191,7 @@ BOMBS = {
 def test_json_bombs(name: str, case: str, checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / name).write_bytes(BOMBS[case])
     with refused(match=name.removesuffix(".json")):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["canary", "checkpoint"]
 
 

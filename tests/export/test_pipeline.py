@@ -48,7 +48,7 @@ def test_control_tokens_outside_the_vocabulary_are_refused_before_any_work(
     edit(checkpoint / file, **{name: 400})
     message = f"{name} is 400, but the model's vocabulary has 400 rows. Repair it in generation_"
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -61,7 +61,7 @@ def test_values_that_make_no_model_are_refused_before_any_work(
 ) -> None:
     edit(checkpoint / "config.json", **{name: value})
     with pytest.raises(CheckpointError, match=rf"config\.json: {name} must be .*, got {value}\."):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -75,7 +75,9 @@ def test_the_token_goes_to_the_hub(
         return Checkpoint(tiny_checkpoint, source, "0" * 40, "mit")
 
     monkeypatch.setattr(pipeline, "resolve", resolve)
-    manifest = export_model("owner/name", tmp_path / "bundle", revision="main", token="hf_secret")
+    manifest = export_model(
+        "owner/name", tmp_path / "bundle", revision="main", token="hf_secret", quantize="int4"
+    )
     assert asked == [("owner/name", "main", "hf_secret")]
     assert (manifest.name, manifest.source.repo) == ("name", "owner/name")
     assert (manifest.source.revision, manifest.source.license) == ("0" * 40, "mit")
@@ -103,6 +105,6 @@ def test_a_checkpoint_that_breaks_during_the_export_is_blamed_itself(
 
     monkeypatch.setattr(Weights, "open", opened)
     with pytest.raises(CheckpointError, match=rf"{re.escape(broken)} cannot be read: "):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert not (tmp_path / "bundle").exists()
     assert not list(tmp_path.glob(".bundle*"))

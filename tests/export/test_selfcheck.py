@@ -33,7 +33,7 @@ def test_a_broken_chat_template_is_no_verified_bundle(
     (checkpoint / "chat_template.jinja").write_text(PLAIN)
     (checkpoint / name).write_text(source)
     with pytest.raises(VerificationError, match=rf"^{name}: .* is no Jinja template: .*Repair"):
-        export_model(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle", quantize="int4")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -43,7 +43,7 @@ def test_a_chat_template_may_refuse_a_lone_message_of_the_user(
     (checkpoint / "chat_template.jinja").write_text(PLAIN)
     (checkpoint / "additional_chat_templates" / "strict.jinja").write_text(REFUSING)
     said: list[str] = []
-    export_model(checkpoint, tmp_path / "bundle", warn=said.append)
+    export_model(checkpoint, tmp_path / "bundle", warn=said.append, quantize="int4")
     (text,) = said
     assert text.startswith("additional_chat_templates/strict.jinja does not render a lone message")
     assert "A system message comes first" in text
@@ -53,5 +53,5 @@ def test_a_chat_template_may_refuse_a_lone_message_of_the_user(
 
 def test_nothing_is_said_of_templates_that_render(tiny_checkpoint: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    export_model(tiny_checkpoint, tmp_path / "bundle", warn=said.append)
+    export_model(tiny_checkpoint, tmp_path / "bundle", warn=said.append, quantize="int4")
     assert said == []
