@@ -127,7 +127,7 @@ def export_model(
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
-    seen = calibration and calibration.read_text()
+    seen = None if calibration is None else calibration.read_text()
     if seen is not None and text is not None:
         check_disjoint(seen, text)
     report = progress or (lambda phase, done, total: None)

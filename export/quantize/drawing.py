@@ -77,7 +77,9 @@ class Writer:
                     windows[row, i] = self._first(random)
             on_token(i + 1)
             if i + 1 < cache.capacity:
-                logits = self._decoder.step_rows(windows[:, i : i + 1], scored=[1] * len(seeds))
+                logits = self._decoder.step_rows(
+                    list(windows[:, i : i + 1]), scored=[1] * len(seeds)
+                )
         return windows
 
     def _first(self, random: np.random.Generator) -> int:

@@ -136,11 +136,11 @@ def test_drawn_windows_are_kept_and_validation_is_apart(windows_of: Any, tmp_pat
     windows_of(calibration, validation=5)
     assert len(windows_of.drafts) == 2
     kept = {file.name for file in (tmp_path / "work").iterdir()}
-    assert kept == {"drawn-0-0-16.npy", "drawn-0-16-19.npy", "drawn-1-0-5.npy"}
+    assert kept == {f"drawn-0-0-{ROWS}.npy", f"drawn-0-{ROWS}-{ROWS + 3}.npy", "drawn-1-0-5.npy"}
 
 
 def test_windows_of_the_scored_text_are_left_out(windows_of: Any, tiny_checkpoint: Path) -> None:
-    calibration = Calibration(samples=6, tokens=200)
+    calibration = Calibration(samples=6, tokens=120)
     used, _ = windows_of(calibration)
     tokenizer = tokenizer_of(tiny_checkpoint)
     texts = [tokenizer.decode(window) for window in used]
@@ -150,7 +150,7 @@ def test_windows_of_the_scored_text_are_left_out(windows_of: Any, tiny_checkpoin
     assert (apart[:4] == used[[0, 1, 3, 5]]).all()
     assert not any((window == used[[2, 4]]).all(axis=1).any() for window in [*apart, *held])
     # A model that writes nothing else.
-    several, _ = windows_of(Calibration(samples=12, tokens=200))
+    several, _ = windows_of(Calibration(samples=12, tokens=120))
     with pytest.raises(ArgumentError, match="knows it by heart") as caught:
         windows_of(calibration, scored=" ".join(map(tokenizer.decode, several)))
     assert caught.value.argument == "evaluate"
