@@ -1,48 +1,35 @@
 """Calibrated quantization, one layer's graph, weights and statistics at a time.
 
-A layer runs in float32 on what the quantized layers before it give; its projections are quantized
-for the inputs that they had; then it runs again, quantized, for the next layer.
+Two streams of activations go through the model side by side: the float32 model's own, and what the
+quantized parts give. A layer's projections are quantized one after the other, each for the inputs
+that it has behind all those before it, and takes back a share of what these changed.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.runtime.device import usable_cores
-from edge_llm.runtime.kv_cache import state_capacity
-from edge_llm.runtime.session import create_session
-
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
-from ..graph.decoder import GRAPH_FILE
-from ..graph.parts import Part, build_embedding, build_head, build_layer
-from ..writer import BundleWriter
+from ..graph.linear import Calibrated
+from ..graph.parts import Part, Projection, build_embedding, build_head, build_layer
 from .calibration import Calibration
 from .gptq import GPTQMatrix, factorize
+from .inputs import InputSums, solve_correction, sum_inputs
+from .session import PartSession
 from .shelf import Shelf, ShelvedMatrix
 from .storage import FLOAT32, Storage
 
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
 __all__ = ["calibrate"]
-
-# Tokens that run at once: their activations are in memory, and each product of them is exact
-# enough in float32 to be summed up in float64.
-TOKENS_AT_ONCE = 2048
 
 # The least damping of a tied head. In an embedding's row every element counts the same, which is
 # what damping stands for; with 0 or 3 a small model of books loses 2 % or 12 % more.
 TIED_DAMPING = 0.3
-
-Moments = dict[str, NDArray[np.float64]]
 
 
 def calibrate(
@@ -73,122 +60,102 @@ def calibrate(
     Returns:
         The matrices, by the name of their weight in the graph.
     """
-    assert storage.block is not None
-    work = _Work(windows, Shelf(folder), storage, calibration, minimum)
+    work = _Work(Shelf(folder), storage, calibration, minimum)
     found: dict[str, ShelvedMatrix] = {}
     report("calibrating", 0, spec.layers)
 
-    def layer(index: int, storage: Storage) -> Part:
-        return build_layer(spec, weights, index, storage=storage, context=context, calibrated=found)
+    def embed(storage: Storage) -> NDArray[np.float32]:
+        part = build_embedding(spec, weights, storage=storage, context=context)
+        with PartSession(part, minimum) as session:
+            return session.run(windows)
 
-    embedding = build_embedding(spec, weights, storage=storage, context=context)
-    stream = work.run(embedding, windows)
+    exact, stream = embed(FLOAT32), embed(storage)
     for i in range(spec.layers):
-        found |= work.quantize(layer(i, FLOAT32), stream, calibration.damping)
-        stream = work.run(layer(i, storage), stream)
+
+        def layer(done: Calibrated, index: int = i) -> Part:
+            return build_layer(
+                spec, weights, index, storage=FLOAT32, context=context, calibrated=done
+            )
+
+        found |= work.quantize(layer, exact, stream, calibration.damping, calibration.correction)
+        exact, stream = work.run(layer({}), exact), work.run(layer(found), stream)
         report("calibrating", i + 1, spec.layers)
-    damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
-    return found | work.quantize(build_head(spec, weights), stream, damping)
+    damping, correction = calibration.damping, calibration.correction
+    if spec.tied:
+        # What would be true to a head behind wrong layers would be a wrong embedding.
+        damping, correction = max(damping, TIED_DAMPING), 0.0
+    head = build_head(spec, weights)
+    return found | work.quantize(lambda done: head, exact, stream, damping, correction)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What stays the same from layer to layer."""
 
-    windows: NDArray[np.int64]
     shelf: Shelf
     storage: Storage
     calibration: Calibration
     minimum: str
 
     def quantize(
-        self, part: Part, stream: NDArray[np.float32], damping: float
+        self,
+        build: Callable[[Calibrated], Part],
+        exact: NDArray[np.float32],
+        stream: NDArray[np.float32],
+        damping: float,
+        correction: float,
     ) -> dict[str, ShelvedMatrix]:
-        """Quantize a float32 part's projections, those that are not on the shelf."""
-        found: dict[str, ShelvedMatrix] = {}
-        for name, one in part.projections.items():
-            if stored := self.shelf.get(name, one.matrix.shape, self.storage):
-                found[name] = stored
-        missing = {name: one for name, one in part.projections.items() if name not in found}
-        if not missing:
+        """Quantize a part's projections, input by input, those that are not on the shelf.
+
+        Args:
+            build: Makes the part, in which nothing but what it is given is quantized.
+            exact: What it reads in the float32 model.
+            stream: What it reads.
+            damping: Of the inputs' moments.
+            correction: Share of the correction that is made.
+        """
+        part = build({})
+        found = {
+            name: stored
+            for name, one in part.projections.items()
+            if (stored := self.shelf.get(name, one.matrix.shape, self.storage))
+        }
+        if len(found) == len(part.projections):
             return found
-        moments = self._moments(part, stream, {one.input for one in missing.values()})
-        act_order, block = self.calibration.act_order, self.storage.block
-        assert block is not None
-        for source, sums in moments.items():
-            feedback = factorize(sums, block=block, damping=damping, act_order=act_order)
-            for name, one in missing.items():
-                if one.input == source:
-                    matrix = GPTQMatrix(one.matrix, self.storage, feedback)
-                    found[name] = self.shelf.put(name, matrix)
+        with PartSession(part, self.minimum) as plain:
+            for source in dict.fromkeys(one.input for one in part.projections.values()):
+                group = {n: one for n, one in part.projections.items() if one.input == source}
+                missing = {name: one for name, one in group.items() if name not in found}
+                if not missing:
+                    continue
+                streams = {one.added for one in missing.values() if one.added}
+                with PartSession(build(found), self.minimum) as quantized:
+                    sums = sum_inputs(
+                        plain, quantized, exact, stream, source=source, streams=streams
+                    )
+                found |= self._round(missing, sums, damping, correction)
         return found
 
-    def run(
-        self, part: Part, source: NDArray[np.int64] | NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """The stream behind a part."""
-        with _Session(part, self.minimum) as session:
-            steps = (session.step(rows, [part.output])[0] for rows in self._batches(source))
-            return np.concatenate(list(steps))
-
-    def _moments(self, part: Part, stream: NDArray[np.float32], inputs: set[str]) -> Moments:
-        """``X^T X`` of some inputs of projections, float64 [columns, columns]."""
-        names = sorted(inputs)
-        sums: Moments = {}
-        with _Session(part, self.minimum) as session:
-            for rows in self._batches(stream):
-                for name, values in zip(names, session.step(rows, names), strict=True):
-                    flat = values.reshape(-1, values.shape[-1])
-                    product = flat.T @ flat
-                    if name in sums:
-                        sums[name] += product
-                    else:
-                        sums[name] = product.astype(np.float64)
-        return sums
-
-    def _batches(
-        self, source: NDArray[np.int64] | NDArray[np.float32]
-    ) -> Iterator[NDArray[np.int64] | NDArray[np.float32]]:
-        step = max(1, TOKENS_AT_ONCE // source.shape[1])
-        for start in range(0, len(source), step):
-            yield source[start : start + step]
-
-
-class _Session:
-    """A part's session, whose files are gone when the block ends."""
-
-    def __init__(self, part: Part, minimum: str) -> None:
-        self._part = part
-        self._minimum = minimum
-        self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-")
-
-    def __enter__(self) -> _Session:
-        folder = Path(self._folder.name)
-        writer = BundleWriter(folder)
-        writer.write_graph(self._part.graph, producer="calibration", on_bytes=lambda size: None)
-        self._session: ort.InferenceSession = create_session(
-            folder / GRAPH_FILE, threads=usable_cores(), minimum=self._minimum
-        )
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        del self._session
-        self._folder.cleanup()
-
-    def step(
-        self, rows: NDArray[np.int64] | NDArray[np.float32], outputs: list[str]
-    ) -> list[NDArray[np.float32]]:
-        """Feed whole sequences, on an empty past."""
-        batch, tokens = rows.shape[:2]
-        feeds = {
-            self._part.input: rows,
-            "query_lens": np.full(batch, tokens, np.int32),
-            "seqlens_k": np.full(batch, tokens - 1, np.int32),
-            "total_sequence_length": np.array(tokens, np.int32),
+    def _round(
+        self,
+        projections: Mapping[str, Projection],
+        sums: InputSums,
+        damping: float,
+        correction: float,
+    ) -> dict[str, ShelvedMatrix]:
+        """Correct and quantize projections of one input."""
+        act_order, block = self.calibration.act_order, self.storage.block
+        assert block is not None
+        feedback = factorize(sums.moments, block=block, damping=damping, act_order=act_order)
+        correct = solve_correction(sums, damping=damping, share=correction)
+        return {
+            name: self.shelf.put(
+                name, GPTQMatrix(correct.apply(one.matrix, one.added), self.storage, feedback)
+            )
+            for name, one in projections.items()
         }
-        for one in self._part.state:
-            sizes = {"batch": batch, "capacity": state_capacity(one, tokens)}
-            shape = [sizes[size] if isinstance(size, str) else size for size in one.shape]
-            feeds[one.input] = np.zeros(shape, np.float32)
-        results: list[NDArray[np.float32]] = self._session.run(outputs, feeds)
-        return results
+
+    def run(self, part: Part, source: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The stream behind a part."""
+        with PartSession(part, self.minimum) as session:
+            return session.run(source)
