@@ -16,11 +16,12 @@ from .architectures.spec import DecoderSpec
 from .architectures.tensors import check_tensors
 from .checkpoint.packed import packed_tensor
 from .checkpoint.weights import Weights
-from .choosing import Choice, choose_matrices
+from .choosing import choose_matrices
 from .fallback.model import PRODUCERS
 from .graph.decoder import build_decoder
 from .plan import MIN_ONNXRUNTIME, Built, Plan, Progress, make_manifest, read_dims
 from .quantize.choice import describe_storage
+from .quantize.selection import Selection
 from .writer import BundleWriter
 
 __all__ = ["build", "write"]
@@ -35,8 +36,8 @@ def build(
         spec = plan.model.as_stored(weights.names)
         check_tensors(weights, spec)
         trial = partial(_write_trial, plan, spec, weights)
-        with choose_matrices(plan, spec, weights, trial, stage.parent, report) as choice:
-            yield _record(plan, spec, weights, choice)
+        with choose_matrices(plan, spec, weights, trial, stage.parent, report) as selection:
+            yield _record(plan, spec, weights, selection)
         return
     report("tracing", 0, 1)
     with plan.model.traced(
@@ -58,7 +59,7 @@ def build(
         )
 
 
-def _record(plan: Plan, spec: DecoderSpec, weights: Weights, choice: Choice) -> Built:
+def _record(plan: Plan, spec: DecoderSpec, weights: Weights, selection: Selection) -> Built:
     kept = [f"{spec.names.positions}.weight"] if spec.names.positions else []
     rounded = [
         name
@@ -68,32 +69,32 @@ def _record(plan: Plan, spec: DecoderSpec, weights: Weights, choice: Choice) -> 
     graph, decoder = build_decoder(
         spec,
         weights,
-        storage=choice.storage,
+        storage=selection.storage,
         context=plan.context,
-        calibrated=choice.matrices,
+        calibrated=selection.matrices,
     )
     return Built(
         graph=graph,
         decoder=decoder,
         dims=read_dims(spec, plan.context),
         quantization=describe_storage(
-            choice.storage,
+            selection.storage,
             plan.packing,
             calibrated=plan.recipe.calibration is not None,
-            others=choice.others,
+            others=selection.others,
             rounded=rounded,
             kept=kept,
         ),
         producers=(),
-        info=choice.info,
+        info=selection.info,
     )
 
 
 def _write_trial(
-    plan: Plan, spec: DecoderSpec, weights: Weights, choice: Choice, folder: Path
+    plan: Plan, spec: DecoderSpec, weights: Weights, selection: Selection, folder: Path
 ) -> None:
     """Write a bundle that is not the last one, into an empty folder."""
-    write(plan, _record(plan, spec, weights, choice), folder, lambda phase, done, total: None)
+    write(plan, _record(plan, spec, weights, selection), folder, lambda phase, done, total: None)
 
 
 def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:

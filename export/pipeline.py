@@ -113,7 +113,6 @@ def export_model(
             what transformers computes.
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
-    limits = {"max_kld": max_kld, "max_ppl_increase": max_ppl_increase, "max_size": max_size}
     request = Request(
         quantize=quantize,
         block=block,
@@ -121,7 +120,7 @@ def export_model(
         vocabulary=vocabulary,
         calibration=calibration,
         work_dir=work_dir,
-        budget=None if limits == dict.fromkeys(limits) else Budget(**limits),
+        budget=Budget.read(max_kld=max_kld, max_ppl_increase=max_ppl_increase, max_size=max_size),
     )
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)

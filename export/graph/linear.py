@@ -58,7 +58,7 @@ def project(
         calibrated: Matrices that are quantized already, by name; the others are rounded.
     """
     name = constant_name(path)
-    if storage.block is None:
+    if storage.block is None and name not in (calibrated or {}):
         weight, (rows, columns) = f"{name}.weight", matrix.shape
         graph.defer([TensorInfo(weight, FLOAT, (columns, rows))], lambda: [[transposed(matrix)]])
         product = graph.op("MatMul", f"{path}/MatMul", [source, weight])

@@ -35,10 +35,14 @@ __all__ = ["Part", "Projection", "build_embedding", "build_head", "build_layer"]
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A weight, and the name of what it multiplies."""
+    """A weight, and the names of what it multiplies, and of what the product is added to.
+
+    ``added`` is empty where more than a sum is between.
+    """
 
     input: str
     matrix: Matrix
+    added: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,8 @@ class Part:
         input: Name of the tokens, int64 [batch, tokens], or of the stream.
         output: Name of the stream behind the part.
         state: Its key and value buffers.
-        projections: Its weights, by their names in the graph. What they multiply is an output too,
-            where the storage is float32.
+        projections: Its weights, by their names in the graph and in its order. What they multiply
+            and are added to is an output too, where the storage is float32.
     """
 
     graph: GraphRecorder
@@ -61,12 +65,19 @@ class Part:
     projections: Mapping[str, Projection]
 
 
-def build_embedding(spec: DecoderSpec, weights: Weights, *, storage: Storage, context: int) -> Part:
-    """Record the embedding, positions included."""
+def build_embedding(
+    spec: DecoderSpec,
+    weights: Weights,
+    *,
+    storage: Storage,
+    context: int,
+    calibrated: Calibrated,
+) -> Part:
+    """Record the embedding, positions included; for the arguments see :func:`build_layer`."""
     graph = GraphRecorder(spec.architecture)
     graph.input("input_ids", np.int64, ["batch", "tokens"])
     declare_lengths(graph)
-    layers = LayerBuilder(graph, weights, spec, storage, {})
+    layers = LayerBuilder(graph, weights, spec, storage, {}, calibrated)
     _, residual, branch = record_embedding(layers, context)
     output = layers.add("/Add", branch, residual) if branch else residual
     graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
@@ -99,13 +110,25 @@ def build_layer(
     state = declare_state(graph, spec, [index])
     tables = keep_rotary_tables(graph, spec, context)
     layers = LayerBuilder(graph, weights, spec, storage, tables, calibrated)
-    output = layers.add("/Add", *record_layer(layers, index, "", source, last=False))
+    branch, residual = record_layer(layers, index, "", source, last=False)
+    output = layers.add("/Add", branch, residual)
     graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
+    # Of two branches that are added to the stream at once, one makes up for what is wrong with it.
+    added = {
+        f"/model/layers.{index}/attn/o_proj": "" if spec.names.attention_post_norm else source,
+        f"/model/layers.{index}/mlp/down_proj": (
+            "" if spec.names.mlp_post_norm or spec.parallel else residual
+        ),
+    }
     found = {
-        constant_name(path): Projection(name, matrix) for path, name, matrix in layers.projections
+        constant_name(path): Projection(name, matrix, added.get(path, ""))
+        for path, name, matrix in layers.projections
     }
     if storage.block is None:
         widths = {one.input: one.matrix.shape[1] for one in found.values()}
+        widths |= {
+            one.added: spec.hidden for one in found.values() if one.added not in ("", source)
+        }
         for name, width in widths.items():
             graph.output(name, np.float32, ["batch", "tokens", width])
     return Part(graph, source, output, state, found)

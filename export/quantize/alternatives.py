@@ -47,8 +47,8 @@ def alternatives(
     for name, matrix in vocabularies.items():
         narrow: Sequence[QuantizedMatrix]
         if name in candidates:
-            narrow = candidates[name].matrices
-            losses = [one.losses for one in candidates[name].matrices]
+            stored = list(candidates[name].matrices.values())
+            narrow, losses = stored, [one.losses for one in stored]
         else:
             narrow = [RoundedMatrix(matrix, one) for one in CHOICES[:-1]]
             # All that a gathered row's elements lose counts the same.
@@ -74,10 +74,10 @@ def token_weights(windows: NDArray[np.int64], vocab: int) -> NDArray[np.float64]
 
 
 def _projection(one: Candidates) -> list[Option]:
-    reference = float(one.matrices[0].losses.sum()) or 1.0
+    reference = float(one.first.losses.sum()) or 1.0
     return [
         Option((matrix,), _stored_size(matrix), one.error * float(matrix.losses.sum()) / reference)
-        for matrix in one.matrices
+        for matrix in one.matrices.values()
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_llm.errors import ArgumentError
 
@@ -41,6 +41,15 @@ class Budget:
         number = int if name == "max_size" else int | float
         if isinstance(value, bool) or not isinstance(value, number) or not value > 0:
             raise ArgumentError(name, f"{'bytes' if number is int else 'a number'} above 0", value)
+
+    @classmethod
+    def read(
+        cls, *, max_kld: float | None, max_ppl_increase: float | None, max_size: int | None
+    ) -> Budget | None:
+        """A budget, or None where no limit is given."""
+        if max_kld is max_ppl_increase is max_size is None:
+            return None
+        return cls(max_kld=max_kld, max_ppl_increase=max_ppl_increase, max_size=max_size)
 
     @property
     def limit(self) -> tuple[str, float]:
@@ -84,8 +93,12 @@ def find_mix(
     *,
     weights: int,
     measure: Callable[[Mix], Trial],
+    finish: Callable[[Mix], Mix],
 ) -> Found:
     """The smallest mix that loses no more than it may, or the truest that is no larger.
+
+    What is finished loses less than what was searched. By how much less, the first that is found
+    tells; so where the loss is limited, a second search allows for it.
 
     Args:
         options: Of every matrix.
@@ -94,6 +107,7 @@ def find_mix(
         budget: The limit.
         weights: Elements of all matrices.
         measure: Writes and measures a mix.
+        finish: Makes of a mix what will be used, with the same sizes.
 
     Raises:
         ArgumentError: No mix meets the limit; it names the best that is reached.
@@ -120,10 +134,11 @@ def find_mix(
         options = rescaled(options, names, lost)
     ladder = Ladder(options)
     if room is not None:
-        mix = ladder.mix(max(i for i, size in enumerate(ladder.sizes) if size <= room))
+        mix = finish(ladder.mix(max(i for i, size in enumerate(ladder.sizes) if size <= room)))
         tried(mix)
         return Found(mix, tuple(trials))
-    mix, last = _smallest(ladder, truest, top, budget, tried)
+    search = _Search(ladder, truest, top, budget, tried, finish)
+    mix, last = search.run()
     return Found(mix, (*(one for one in trials if one is not last), last))
 
 
@@ -155,39 +170,74 @@ def _too_small(budget: Budget, least: int) -> ArgumentError:
 
 
 def _check_reach(budget: Budget, top: Trial) -> None:
-    if _within(budget, top):
-        return
-    name = "max_kld" if budget.max_kld is not None else "max_ppl_increase"
-    reached = top.kl_divergence if budget.max_kld is not None else top.ppl_increase
-    raise ArgumentError(
-        name,
-        f"at least {reached:.3g}, which this model loses at 8 bits, the best that can be reached",
-        getattr(budget, name),
-        "Allow more, or export it as fp32.",
-    )
+    name, value = budget.limit
+    if _lost(budget, top) > value:
+        raise ArgumentError(
+            name,
+            f"at least {_lost(budget, top):.3g}, which this model loses at 8 bits, the best that "
+            "can be reached",
+            value,
+            "Allow more, or export it as fp32.",
+        )
 
 
-def _smallest(
-    ladder: Ladder, truest: Mix, top: Trial, budget: Budget, tried: Callable[[Mix], Trial]
-) -> tuple[Mix, Trial]:
-    """Bisect the ladder for the lowest rung within the budget."""
-    low, high, found, last = 0, len(ladder) + 1, truest, top
-    while low < high:
-        rung = (low + high) // 2
-        mix = ladder.mix(rung)
-        trial = tried(mix)
-        if _within(budget, trial):
-            high, found, last = rung, mix, trial
-        else:
-            low = rung + 1
-    return found, last
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The search for the smallest mix that loses no more than a limit."""
+
+    ladder: Ladder
+    truest: Mix
+    top: Trial
+    budget: Budget
+    tried: Callable[[Mix], Trial]
+    finish: Callable[[Mix], Mix]
+    rungs: dict[int, Trial] = field(default_factory=dict)
+
+    def run(self) -> tuple[Mix, Trial]:
+        """The mix, finished, and what was measured of it."""
+        _, limit = self.budget.limit
+        mix, rough = self._smallest(limit)
+        found = self._finished(mix)
+        spared = _lost(self.budget, rough) / max(_lost(self.budget, found[1]), 1e-12)
+        other, _ = self._smallest(limit * spared)
+        if _size(other) == _size(mix):
+            return self._within(found)
+        second = self._finished(other)
+        fitting = [one for one in (found, second) if _lost(self.budget, one[1]) <= limit]
+        return min(fitting, key=lambda one: one[1].size) if fitting else self._within(second)
+
+    def _finished(self, mix: Mix) -> tuple[Mix, Trial]:
+        done = self.finish(mix)
+        return done, self.tried(done)
+
+    def _within(self, found: tuple[Mix, Trial]) -> tuple[Mix, Trial]:
+        """What was found, or the truest mix if that loses too much, which was measured already."""
+        if _lost(self.budget, found[1]) <= self.budget.limit[1]:
+            return found
+        return self.truest, self.top
+
+    def _smallest(self, limit: float) -> tuple[Mix, Trial]:
+        """Bisect the ladder for the lowest rung that loses no more."""
+        low, high, found, last = 0, len(self.ladder) + 1, self.truest, self.top
+        while low < high:
+            rung = (low + high) // 2
+            mix = self.ladder.mix(rung)
+            trial = self.rungs.get(rung) or self.tried(mix)
+            self.rungs[rung] = trial
+            if _lost(self.budget, trial) <= limit:
+                high, found, last = rung, mix, trial
+            else:
+                low = rung + 1
+        return found, last
 
 
-def _within(budget: Budget, trial: Trial) -> bool:
-    if budget.max_kld is not None:
-        return trial.kl_divergence <= budget.max_kld
-    assert budget.max_ppl_increase is not None
-    return trial.ppl_increase <= budget.max_ppl_increase
+def _lost(budget: Budget, trial: Trial) -> float:
+    """What the budget limits."""
+    return trial.kl_divergence if budget.max_kld is not None else trial.ppl_increase
+
+
+def _size(mix: Mix) -> int:
+    return sum(one.size for one in mix.values())
 
 
 def _room(budget: Budget, fixed: int, weights: int) -> int | None:

@@ -1,44 +1,33 @@
 """Calibrated quantization, one layer's graph, weights and statistics at a time.
 
-A layer runs in float32 on what the quantized layers before it give; its projections are quantized
-for the inputs that they had; then it runs again, quantized, for the next layer.
+Two streams of activations go through the model side by side: the float32 model's own, and what the
+quantized parts give. A layer's projections are quantized one after the other, each for the inputs
+that it has behind all those before it, and takes back a share of what these changed.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.runtime.device import usable_cores
-from edge_llm.runtime.kv_cache import state_capacity
-from edge_llm.runtime.session import create_session
-
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
-from ..graph.decoder import GRAPH_FILE
+from ..graph.linear import Calibrated
 from ..graph.matrices import checkpoint_names
-from ..graph.parts import Part, build_embedding, build_head, build_layer
-from ..writer import BundleWriter
+from ..graph.parts import Part, Projection, build_embedding, build_head, build_layer
 from .calibration import Calibration
 from .gptq import Feedback, GPTQMatrix, factorize, row_losses
+from .inputs import InputSums, solve_correction, sum_inputs
+from .session import PartSession
 from .shelf import Shelf, ShelvedMatrix
-from .storage import FLOAT32, Storage
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from .storage import FLOAT32, QuantizedMatrix, Storage
 
 __all__ = ["Candidates", "calibrate"]
-
-# Tokens that run at once: their activations are in memory, and each product of them is exact
-# enough in float32 to be summed up in float64.
-TOKENS_AT_ONCE = 2048
 
 # The least damping of a tied head. In an embedding's row every element counts the same, which is
 # what damping stands for; with 0 or 3 a small model of books loses 2 % or 12 % more.
@@ -51,23 +40,26 @@ NEARLY_FLOAT = Storage(8, 32)
 # Windows on which those errors are measured.
 ERROR_WINDOWS = 8
 
-Moments = dict[str, NDArray[np.float64]]
-
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One matrix, quantized in several ways.
+    """One matrix, quantized in one or more ways.
 
     Attributes:
-        matrices: As many as there are storages, in their order.
+        matrices: Each of them, by its storage.
         error: By how much the layer's output is wrong with the first of them, all else in 8 bits:
-            mean square, as a share of the output's. 1 for a head, and with one storage.
+            mean square, as a share of the output's. 1 for a head, and where it was not asked for.
         tensors: What it is made from, by their names in the checkpoint.
     """
 
-    matrices: tuple[ShelvedMatrix, ...]
+    matrices: Mapping[Storage, ShelvedMatrix]
     error: float
     tensors: tuple[str, ...]
+
+    @property
+    def first(self) -> ShelvedMatrix:
+        """That which the layers behind it are calibrated for."""
+        return next(iter(self.matrices.values()))
 
 
 def calibrate(
@@ -75,204 +67,185 @@ def calibrate(
     weights: Weights,
     windows: NDArray[np.int64],
     *,
-    storages: Sequence[Storage],
-    vocabulary: Storage,
-    head: Sequence[Storage],
+    ways: Callable[[str], Sequence[Storage]],
+    embedding: Sequence[QuantizedMatrix],
     context: int,
     calibration: Calibration,
     folder: Path,
     minimum: str,
-    report: Callable[[str, int, int], None],
+    report: Callable[[int, int], None],
+    errors: bool = False,
 ) -> dict[str, Candidates]:
-    """Quantize every projection and the head by GPTQ; an untied embedding is left out.
+    """Quantize projections and the head by GPTQ.
 
     Args:
         spec: The architecture.
         weights: The checkpoint.
         windows: Tokens to calibrate on, int64 [windows, tokens].
-        storages: Blocks of 4- or 8-bit integers; the layers behind one are calibrated for what it
-            gives in the first of them.
-        vocabulary: How the embedding is stored.
-        head: As which blocks of integers the head is quantized.
+        ways: As which blocks of 4- or 8-bit integers a matrix is quantized, by its name in the
+            graph; all that is behind it is calibrated for what it gives as the first of them. A
+            head may be quantized in none.
+        embedding: What the layers read, as matrices below one another.
         context: Longest sequence of the bundle.
         calibration: How to quantize.
         folder: Where matrices are kept; what is there already is not computed again.
         minimum: Oldest version of onnxruntime that has the graph's operators.
-        report: Called with a phase, the layers done and all.
+        report: Called with the layers done and all.
+        errors: Whether to measure what each matrix does to its layer's output.
 
     Returns:
         The matrices, by the name of their weight in the graph.
     """
-    state = _Work(windows, folder, calibration, minimum)
+    work = _Work(folder, ways, calibration, minimum)
     found: dict[str, Candidates] = {}
-    report("calibrating", 0, spec.layers)
+    report(0, spec.layers)
 
-    def layer(index: int, storage: Storage, calibrated: Mapping[str, ShelvedMatrix]) -> Part:
-        parts = {name: (matrix,) for name, matrix in calibrated.items()}
-        return build_layer(spec, weights, index, storage=storage, context=context, calibrated=parts)
+    def embed(storage: Storage, calibrated: Calibrated) -> NDArray[np.float32]:
+        part = build_embedding(
+            spec, weights, storage=storage, context=context, calibrated=calibrated
+        )
+        with PartSession(part, minimum) as session:
+            return session.run(windows)
 
-    embedding = build_embedding(spec, weights, storage=vocabulary, context=context)
-    stream = state.run(embedding, windows)
+    def layer(index: int, storage: Storage, calibrated: Calibrated) -> Part:
+        return build_layer(
+            spec, weights, index, storage=storage, context=context, calibrated=calibrated
+        )
+
+    stream = embed(NEARLY_FLOAT, {"embed_tokens": embedding})
+    exact = embed(FLOAT32, {}) if calibration.correction else None
     for i in range(spec.layers):
-        part = layer(i, FLOAT32, {})
-        matrices = state.quantize(part, storages, stream, calibration.damping)
-        first = {name: some[0] for name, some in matrices.items()}
-        errors = dict.fromkeys(matrices, 1.0)
-        if len(storages) > 1:
-            errors = state.errors(partial(layer, i, NEARLY_FLOAT), first, stream)
-        found |= _candidates(part, matrices, errors)
-        stream = state.run(layer(i, storages[0], first), stream)
-        report("calibrating", i + 1, spec.layers)
-    if head:
-        damping = max(calibration.damping, TIED_DAMPING) if spec.tied else calibration.damping
-        part = build_head(spec, weights)
-        matrices = state.quantize(part, head, stream, damping)
-        found |= _candidates(part, matrices, dict.fromkeys(matrices, 1.0))
-    return found
+        quantized = work.quantize(
+            partial(layer, i, FLOAT32), exact, stream, calibration.damping, calibration.correction
+        )
+        if errors:
+            quantized = work.measure(partial(layer, i, NEARLY_FLOAT), quantized, stream)
+        found |= quantized
+        stream = work.run(layer(i, FLOAT32, _first(quantized)), stream)
+        exact = None if exact is None else work.run(layer(i, FLOAT32, {}), exact)
+        report(i + 1, spec.layers)
+    damping, correction = calibration.damping, calibration.correction
+    if spec.tied:
+        # What would be true to a head behind wrong layers would be a wrong embedding.
+        damping, correction, exact = max(damping, TIED_DAMPING), 0.0, None
+    head = build_head(spec, weights)
+    return found | work.quantize(lambda done: head, exact, stream, damping, correction)
 
 
-def _candidates(
-    part: Part, matrices: Mapping[str, tuple[ShelvedMatrix, ...]], errors: Mapping[str, float]
-) -> dict[str, Candidates]:
-    return {
-        name: Candidates(some, errors[name], tuple(checkpoint_names(part.projections[name].matrix)))
-        for name, some in matrices.items()
-    }
+def _first(candidates: Mapping[str, Candidates]) -> Calibrated:
+    return {name: (one.first,) for name, one in candidates.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What stays the same from layer to layer."""
 
-    windows: NDArray[np.int64]
     folder: Path
+    ways: Callable[[str], Sequence[Storage]]
     calibration: Calibration
     minimum: str
 
     def quantize(
-        self, part: Part, storages: Sequence[Storage], stream: NDArray[np.float32], damping: float
-    ) -> dict[str, tuple[ShelvedMatrix, ...]]:
-        """Quantize a float32 part's projections, those that are not on the shelves."""
-        shelves = [(one, self._shelf(one)) for one in storages]
-        missing = [
-            (name, storage, shelf)
-            for storage, shelf in shelves
-            for name, one in part.projections.items()
-            if shelf.get(name, one.matrix.shape, storage) is None
-        ]
-        inputs = {part.projections[name].input for name, _, _ in missing}
-        moments = self._moments(part, stream, inputs) if missing else {}
-        feedback: dict[tuple[str, int], Feedback] = {}
-        for name, storage, shelf in missing:
-            one, block = part.projections[name], storage.block
-            assert block is not None
-            if (one.input, block) not in feedback:
-                feedback[one.input, block] = factorize(
-                    moments[one.input],
-                    block=block,
-                    damping=damping,
-                    act_order=self.calibration.act_order,
+        self,
+        build: Callable[[Calibrated], Part],
+        exact: NDArray[np.float32] | None,
+        stream: NDArray[np.float32],
+        damping: float,
+        correction: float,
+    ) -> dict[str, Candidates]:
+        """Quantize a part's projections, input by input, those that are not on the shelf.
+
+        Args:
+            build: Makes the part, in which nothing but what it is given is quantized.
+            exact: What it reads in the float32 model; None: nothing is corrected.
+            stream: What it reads.
+            damping: Of the inputs' moments.
+            correction: Share of the correction that is made.
+        """
+        part = build({})
+        found: dict[str, Candidates] = {}
+        wanted = {name: one for name, one in part.projections.items() if self.ways(name)}
+        if all(self._stored(name, one) for name, one in wanted.items()):
+            return {name: self._candidates(name, one) for name, one in wanted.items()}
+        with PartSession(part, self.minimum) as plain:
+            for source in dict.fromkeys(one.input for one in wanted.values()):
+                group = {name: one for name, one in wanted.items() if one.input == source}
+                missing = {name: one for name, one in group.items() if not self._stored(name, one)}
+                if missing:
+                    streams = {one.added for one in missing.values() if one.added}
+                    with PartSession(build(_first(found)), self.minimum) as quantized:
+                        sums = sum_inputs(
+                            plain, quantized, exact, stream, source=source, streams=streams
+                        )
+                    self._round(missing, sums, damping, correction)
+                found |= {name: self._candidates(name, one) for name, one in group.items()}
+        return found
+
+    def _candidates(self, name: str, one: Projection) -> Candidates:
+        return Candidates(self._stored(name, one), 1.0, tuple(checkpoint_names(one.matrix)))
+
+    def _stored(self, name: str, one: Projection) -> dict[Storage, ShelvedMatrix]:
+        """The matrix from the shelves; nothing where one of them does not have it."""
+        found = {}
+        for storage in self.ways(name):
+            matrix = self._shelf(storage).get(name, one.matrix.shape, storage)
+            if matrix is None:
+                return {}
+            found[storage] = matrix
+        return found
+
+    def _round(
+        self,
+        projections: Mapping[str, Projection],
+        sums: InputSums,
+        damping: float,
+        correction: float,
+    ) -> None:
+        """Correct and quantize projections of one input."""
+        correct = solve_correction(sums, damping=damping, share=correction)
+        moments = (sums.moments / sums.tokens).astype(np.float32)
+        feedback: dict[int, Feedback] = {}
+        for name, one in projections.items():
+            matrix = correct.apply(one.matrix, one.added) if correct else one.matrix
+            for storage in self.ways(name):
+                block = storage.block
+                assert block is not None
+                if block not in feedback:
+                    feedback[block] = factorize(
+                        sums.moments,
+                        block=block,
+                        damping=damping,
+                        act_order=self.calibration.act_order,
+                    )
+                self._shelf(storage).put(
+                    name,
+                    GPTQMatrix(matrix, storage, feedback[block]),
+                    partial(row_losses, matrix, moments),
                 )
-            matrix = GPTQMatrix(one.matrix, storage, feedback[one.input, block])
-            second = (moments[one.input] / stream[..., 0].size).astype(np.float32)
-            shelf.put(name, matrix, partial(row_losses, one.matrix, second))
-        return {
-            name: tuple(
-                stored
-                for storage, shelf in shelves
-                if (stored := shelf.get(name, one.matrix.shape, storage))
-            )
-            for name, one in part.projections.items()
-        }
 
     def _shelf(self, storage: Storage) -> Shelf:
         folder = self.folder / str(storage)
         folder.mkdir(exist_ok=True)
         return Shelf(folder)
 
-    def errors(
+    def measure(
         self,
-        build: Callable[[Mapping[str, ShelvedMatrix]], Part],
-        matrices: Mapping[str, ShelvedMatrix],
+        build: Callable[[Calibrated], Part],
+        candidates: Mapping[str, Candidates],
         stream: NDArray[np.float32],
-    ) -> dict[str, float]:
-        """What the layer's output loses by each matrix alone, on a part of the windows."""
+    ) -> dict[str, Candidates]:
+        """The candidates with what the layer's output loses by each alone, on a few windows."""
         some = stream[:: -(-len(stream) // ERROR_WINDOWS)]
         true = self.run(build({}), some).astype(np.float64)
         energy = np.square(true).sum(axis=-1)
-        return {
-            name: float(
-                (np.square(self.run(build({name: one}), some) - true).sum(-1) / energy).mean()
-            )
-            for name, one in matrices.items()
-        }
+        found = {}
+        for name, one in candidates.items():
+            wrong = self.run(build(_first({name: one})), some) - true
+            error = float((np.square(wrong).sum(axis=-1) / energy).mean())
+            found[name] = replace(one, error=error)
+        return found
 
-    def run(
-        self, part: Part, source: NDArray[np.int64] | NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def run(self, part: Part, source: NDArray[np.float32]) -> NDArray[np.float32]:
         """The stream behind a part."""
-        with _Session(part, self.minimum) as session:
-            steps = (session.step(rows, [part.output])[0] for rows in self._batches(source))
-            return np.concatenate(list(steps))
-
-    def _moments(self, part: Part, stream: NDArray[np.float32], inputs: set[str]) -> Moments:
-        """``X^T X`` of some inputs of projections, float64 [columns, columns]."""
-        names = sorted(inputs)
-        sums: Moments = {}
-        with _Session(part, self.minimum) as session:
-            for rows in self._batches(stream):
-                for name, values in zip(names, session.step(rows, names), strict=True):
-                    flat = values.reshape(-1, values.shape[-1])
-                    product = flat.T @ flat
-                    if name in sums:
-                        sums[name] += product
-                    else:
-                        sums[name] = product.astype(np.float64)
-        return sums
-
-    def _batches(
-        self, source: NDArray[np.int64] | NDArray[np.float32]
-    ) -> Iterator[NDArray[np.int64] | NDArray[np.float32]]:
-        step = max(1, TOKENS_AT_ONCE // source.shape[1])
-        for start in range(0, len(source), step):
-            yield source[start : start + step]
-
-
-class _Session:
-    """A part's session, whose files are gone when the block ends."""
-
-    def __init__(self, part: Part, minimum: str) -> None:
-        self._part = part
-        self._minimum = minimum
-        self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-")
-
-    def __enter__(self) -> _Session:
-        folder = Path(self._folder.name)
-        writer = BundleWriter(folder)
-        writer.write_graph(self._part.graph, producer="calibration", on_bytes=lambda size: None)
-        self._session: ort.InferenceSession = create_session(
-            folder / GRAPH_FILE, threads=usable_cores(), minimum=self._minimum
-        )
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        del self._session
-        self._folder.cleanup()
-
-    def step(
-        self, rows: NDArray[np.int64] | NDArray[np.float32], outputs: list[str]
-    ) -> list[NDArray[np.float32]]:
-        """Feed whole sequences, on an empty past."""
-        batch, tokens = rows.shape[:2]
-        feeds = {
-            self._part.input: rows,
-            "query_lens": np.full(batch, tokens, np.int32),
-            "seqlens_k": np.full(batch, tokens - 1, np.int32),
-            "total_sequence_length": np.array(tokens, np.int32),
-        }
-        for one in self._part.state:
-            sizes = {"batch": batch, "capacity": state_capacity(one, tokens)}
-            shape = [sizes[size] if isinstance(size, str) else size for size in one.shape]
-            feeds[one.input] = np.zeros(shape, np.float32)
-        results: list[NDArray[np.float32]] = self._session.run(outputs, feeds)
-        return results
+        with PartSession(part, self.minimum) as session:
+            return session.run(source)

@@ -28,6 +28,8 @@ class Calibration:
         seed: Of the text that the model writes: same seed, same text.
         damping: What is added to the diagonal of the inputs' second moments, as a share of its
             mean.
+        correction: How much of what the quantized matrices in front of a matrix changed is taken
+            back by it, 0 to 1.
         act_order: Round columns with strong inputs first (they stay where they are stored).
     """
 
@@ -36,6 +38,7 @@ class Calibration:
     tokens: int = 256
     seed: int = 0
     damping: float = DEFAULT_DAMPING
+    correction: float = 0.5
     act_order: bool = True
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class Calibration:
                 raise ArgumentError(name, f"an integer of at least {least}", value)
         if not 0 < self.damping <= 1:
             raise ArgumentError("damping", "above 0 and at most 1", self.damping)
+        if not 0 <= self.correction <= 1:
+            raise ArgumentError("correction", "from 0 to 1", self.correction)
 
     def read_text(self) -> str | None:
         """The file's text; None where the model writes it.

@@ -23,7 +23,15 @@ from .packing import Blocks, block_count, blocks_of
 from .rtn import dequantize_blocks
 from .storage import QuantizedMatrix, Storage
 
-__all__ = ["DEFAULT_DAMPING", "Feedback", "GPTQMatrix", "factorize", "row_losses", "search_scales"]
+__all__ = [
+    "DEFAULT_DAMPING",
+    "Feedback",
+    "GPTQMatrix",
+    "added_damping",
+    "factorize",
+    "row_losses",
+    "search_scales",
+]
 
 DEFAULT_DAMPING = 0.01
 
@@ -77,8 +85,7 @@ def factorize(
     padded = np.zeros((width, width))
     padded[:columns, :columns] = moments
     energy = padded.diagonal().copy()
-    live = energy > 0
-    padded.flat[:: width + 1] += damping * energy[live].mean() if live.any() else 1.0
+    padded.flat[:: width + 1] += added_damping(energy, damping)
     order = _strongest_first(energy, block) if act_order else np.arange(width)
     # The lower factor of the matrix turned by 180 degrees is the upper one, turned.
     try:
@@ -93,6 +100,12 @@ def factorize(
     upper = turned[::-1, ::-1].astype(np.float64)
     root = upper.diagonal().copy()
     return Feedback(order, np.divide(upper, root), np.square(root), block)
+
+
+def added_damping(energy: NDArray[np.float64], damping: float) -> float:
+    """What is added to the diagonal of moments whose own is ``energy`` [columns]; see above."""
+    live = energy > 0
+    return damping * float(energy[live].mean()) if live.any() else 1.0
 
 
 def _strongest_first(energy: NDArray[np.float64], block: int) -> NDArray[np.int64]:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from edge_llm.errors import ExportError
 
 from .calibration import Calibration
-from .storage import Storage
 
 __all__ = ["describe_calibration", "matrices_folder", "work_folder"]
 
@@ -56,19 +55,17 @@ def work_folder(
     yield folder
 
 
-def matrices_folder(
-    work: Path, windows: NDArray[np.int64], storage: Storage, vocabulary: Storage
-) -> Path:
+def matrices_folder(work: Path, windows: NDArray[np.int64], *decided: object) -> Path:
     """The folder inside a work folder for matrices that are calibrated on the same activations.
 
     Args:
         work: The work folder.
         windows: int64 [windows, tokens]; which ones are drawn hangs on what is to be scored.
-        storage: Of the layers in front of each.
-        vocabulary: Of the embedding.
+        decided: What else decides the activations and the matrices, such as storages; told apart by
+            its ``repr``.
     """
-    text = hashlib.sha256(windows.tobytes()).hexdigest()[:8]
-    folder = work / f"behind-{storage}-{vocabulary}-{text}"
+    key = hashlib.sha256(windows.tobytes() + repr(decided).encode()).hexdigest()[:16]
+    folder = work / f"matrices-{key}"
     folder.mkdir(exist_ok=True)
     return folder
 
