@@ -54,7 +54,7 @@ class OwnDecoder:
         self._total = np.zeros((), np.int32)
         self._index = np.zeros(0, np.int64)
         self._logits = np.zeros((rows, self._vocab), np.float32)
-        self._bound = (0, 0, -1)
+        self._bound: tuple[list[int], list[int]] = ([], [])
         for name in ("query_lens", "seqlens_k"):
             self.graph.check(name, dtypes=("int32",), shape=(rows,))
         self.graph.check("total_sequence_length", dtypes=("int32",), shape=())
@@ -90,22 +90,16 @@ class OwnDecoder:
             RuntimeFailure: ONNX Runtime failed.
         """
         counts = [len(row) for row in tokens]
-        batch, width = len(counts), max(counts)
-        lengths = self.cache.lengths[:batch]
-        assert 0 < width <= self.cache.capacity - int(lengths.max())
-        self._resize(batch, width, sum(scored))
-        done = 0
-        for i, (row, count, last) in enumerate(zip(tokens, counts, scored, strict=True)):
-            assert 0 <= last <= count
-            self._tokens[i, :count] = row
-            end = i * width + count
-            self._index[done : done + last] = range(end - last, end)
-            done += last
-        self._query_lens[:batch] = counts
-        totals = lengths + self._query_lens[:batch]
-        # An idle row may be empty, but the operator takes no -1: it reads one token and drops it.
-        np.maximum(totals - 1, 0, out=self._seqlens_k[:batch])
-        self._total[...] = totals.max()
+        batch = len(counts)
+        lengths = self.cache.lengths[:batch].tolist()
+        totals = [length + count for length, count in zip(lengths, counts, strict=True)]
+        assert 0 < max(counts) <= self.cache.capacity - max(lengths)
+        self._resize(counts, list(scored))
+        for i, row in enumerate(tokens):
+            self._tokens[i, : counts[i]] = row
+            # An idle row may be empty, but the operator takes no -1: it reads one token for naught.
+            self._seqlens_k[i] = max(totals[i] - 1, 0)
+        self._total[...] = max(totals)
         try:
             self.graph.run()
         except BaseException:
@@ -114,7 +108,7 @@ class OwnDecoder:
             raise
         for i, count in enumerate(counts):
             self.cache.advance(i, count)
-        return self._logits[:done]
+        return self._logits[: len(self._index)]
 
     def interrupt(self) -> None:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
@@ -124,23 +118,27 @@ class OwnDecoder:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
         self.graph.resume()
 
-    def _resize(self, batch: int, width: int, scored: int) -> None:
-        """Bind inputs and outputs of this size, where the last step had another."""
-        if self._bound == (batch, width, scored):
+    def _resize(self, counts: list[int], scored: list[int]) -> None:
+        """Bind inputs and outputs for so many tokens a row, where the last step had others."""
+        if self._bound == (counts, scored):
             return
-        if batch != self._bound[0]:
+        batch, width = len(counts), max(counts)
+        if batch != len(self._tokens):
             self.graph.bind("query_lens", self._query_lens[:batch])
             self.graph.bind("seqlens_k", self._seqlens_k[:batch])
             for one in self._state:
                 rows = self.cache.buffers[one.input][:batch]
                 self.graph.bind(one.input, rows, output=one.output)
-        if (batch, width) != self._bound[:2]:
-            self._tokens = np.zeros((batch, width), np.int64)
-            self.graph.bind("input_ids", self._tokens)
-        if scored != self._bound[2]:
-            self._index = np.zeros(scored, np.int64)
-            self.graph.bind("logits_index", self._index)
-            if scored > len(self._logits):
-                self._logits = np.zeros((scored, self._vocab), np.float32)
-            self.graph.bind_output("logits", self._logits[:scored])
-        self._bound = (batch, width, scored)
+        self._query_lens[:batch] = counts
+        self._tokens = np.zeros((batch, width), np.int64)
+        self.graph.bind("input_ids", self._tokens)
+        places: list[int] = []
+        for i, (count, last) in enumerate(zip(counts, scored, strict=True)):
+            assert 0 <= last <= count
+            places += range(i * width + count - last, i * width + count)
+        self._index = np.array(places, np.int64)
+        self.graph.bind("logits_index", self._index)
+        if len(self._index) > len(self._logits):
+            self._logits = np.zeros((len(self._index), self._vocab), np.float32)
+        self.graph.bind_output("logits", self._logits[: len(self._index)])
+        self._bound = (counts, scored)
