@@ -119,7 +119,9 @@ def build_layer(
     }
     if storage.block is None:
         widths = {one.input: one.matrix.shape[1] for one in found.values()}
-        widths |= {one.added: spec.hidden for one in found.values() if one.added not in ("", source)}
+        widths |= {
+            one.added: spec.hidden for one in found.values() if one.added not in ("", source)
+        }
         for name, width in widths.items():
             graph.output(name, np.float32, ["batch", "tokens", width])
     return Part(graph, source, output, state, found)
