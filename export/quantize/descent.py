@@ -44,7 +44,8 @@ def _fit_scales(weights: Floats, integers: Floats, moments: Floats, block: int) 
     blocks = columns // block
 
     def by_block(values: Floats) -> Floats:
-        return (integers * values).reshape(blocks, block, rows).sum(axis=1)
+        summed: Floats = (integers * values).reshape(blocks, block, rows).sum(axis=1)
+        return summed
 
     normal = np.empty((rows, blocks, blocks))
     for j in range(blocks):
@@ -53,7 +54,8 @@ def _fit_scales(weights: Floats, integers: Floats, moments: Floats, block: int) 
     # A block of zeros has no scale: it gets 0 from equations that say nothing.
     floor = np.finfo(np.float64).tiny + 1e-12 * np.einsum("rbb->r", normal)
     normal += floor[:, None, None] * np.eye(blocks)
-    return np.linalg.solve(normal, by_block(moments @ weights).T[..., None])[..., 0].T
+    aims = by_block(moments @ weights).T[..., None]
+    return np.linalg.solve(normal, aims)[..., 0].T.astype(np.float64, copy=False)
 
 
 def _fit_integers(

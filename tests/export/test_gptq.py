@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_descent_ends_where_no_integer_and_no_scale_is_better_alone() -> None:
     matrix = GPTQMatrix(Rows(weight), Storage(4, 32), feedback, rounds=40)
     blocks = matrix.blocks(0, 4)
 
-    def lost(integers: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    def lost(integers: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float64]:
         errors = weight - (integers * scales[..., None]).reshape(weight.shape)
         least: NDArray[np.float64] = np.einsum("ij,jk,ik->i", errors, feedback.moments, errors)
         return least

@@ -94,7 +94,8 @@ def test_the_correction_is_the_least_squares_one(tiny_checkpoint: Path) -> None:
         exact = run(
             build_embedding(spec, weights, storage=FLOAT32, context=CONTEXT), tokens(spec, 0)
         )
-        stream = exact + 0.05 * np.random.default_rng(1).standard_normal(exact.shape).astype("f4")
+        noise = np.random.default_rng(1).standard_normal(exact.shape, np.float32)
+        stream: NDArray[np.float32] = exact + np.float32(0.05) * noise
         for one in part.projections.values():
             streams = [one.added] if one.added else []
             with PartSession(part, MIN_ONNXRUNTIME) as session:
