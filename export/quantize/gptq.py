@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from edge_llm.errors import ArgumentError
 
 from ..graph.matrices import Matrix
+from .descent import descend
 from .packing import Blocks, block_count, blocks_of
 from .rtn import dequantize_blocks
 from .storage import QuantizedMatrix, Storage
 
 __all__ = [
     "DEFAULT_DAMPING",
+    "DEFAULT_ROUNDS",
     "Feedback",
     "GPTQMatrix",
     "added_damping",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 DEFAULT_DAMPING = 0.01
+DEFAULT_ROUNDS = 2
 
 # Which shares of the scale that just reaches the largest weight are tried, by bits: what is cut
 # off is worth it where few integers have to do.
@@ -49,12 +52,14 @@ class Feedback:
             that the storage needs no order.
         upper: ``U`` in that order, float64 [columns, columns], 1 on its diagonal.
         loss: ``D`` in that order, float64 [columns].
+        moments: ``H`` in that order, float64 [columns, columns].
         block: Weights that share a scale.
     """
 
     order: NDArray[np.int64]
     upper: NDArray[np.float64]
     loss: NDArray[np.float64]
+    moments: NDArray[np.float64]
     block: int
 
 
@@ -87,9 +92,10 @@ def factorize(
     energy = padded.diagonal().copy()
     padded.flat[:: width + 1] += added_damping(energy, damping)
     order = _strongest_first(energy, block) if act_order else np.arange(width)
+    ordered = padded[np.ix_(order, order)]
     # The lower factor of the matrix turned by 180 degrees is the upper one, turned.
     try:
-        turned = np.linalg.cholesky(padded[np.ix_(order[::-1], order[::-1])])
+        turned = np.linalg.cholesky(ordered[::-1, ::-1])
     except np.linalg.LinAlgError as error:
         raise ArgumentError(
             "damping",
@@ -99,7 +105,7 @@ def factorize(
         ) from error
     upper = turned[::-1, ::-1].astype(np.float64)
     root = upper.diagonal().copy()
-    return Feedback(order, np.divide(upper, root), np.square(root), block)
+    return Feedback(order, np.divide(upper, root), np.square(root), ordered, block)
 
 
 def added_damping(energy: NDArray[np.float64], damping: float) -> float:
@@ -121,11 +127,18 @@ class GPTQMatrix:
     """A float matrix, rounded by GPTQ when its rows are read; a ``QuantizedMatrix``.
 
     Rows know nothing of one another, so any number of them may be read at a time.
+
+    Attributes:
+        source: The matrix.
+        storage: Symmetric blocks.
+        feedback: Of its inputs.
+        rounds: Of coordinate descent behind GPTQ's one pass.
     """
 
     source: Matrix
     storage: Storage
     feedback: Feedback
+    rounds: int = DEFAULT_ROUNDS
     order: None = None
 
     @property
@@ -138,30 +151,34 @@ class GPTQMatrix:
         bits, block, feedback = self.storage.bits, self.feedback.block, self.feedback
         rows = blocks_of(self.source.read(start, stop), block)
         weights = rows.reshape(len(rows), -1).T[feedback.order].astype(np.float64)
+        half = 1 << (bits - 1)
         integers, scales = _round(weights, feedback, bits)
+        integers, scales = descend(
+            weights, integers, scales, feedback.moments, half=half, rounds=self.rounds
+        )
         stored = np.empty(integers.shape, np.uint8)
-        stored[feedback.order] = integers
+        stored[feedback.order] = integers + half
         ordered = np.empty(scales.shape, np.float32)
         ordered[feedback.order[::block] // block] = scales
         return Blocks(
             np.ascontiguousarray(stored.T).reshape(rows.shape),
             np.ascontiguousarray(ordered.T),
-            np.full(rows.shape[:2], 1 << (bits - 1), np.uint8),
+            np.full(rows.shape[:2], half, np.uint8),
         )
 
 
 def _round(
     weights: NDArray[np.float64], feedback: Feedback, bits: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Round weights [columns, rows], both in the order of rounding.
 
     Returns:
-        Integers, uint8 [columns, rows], and scales, float32 [blocks, rows].
+        Integers from ``-half`` on, float64 [columns, rows], and scales, float64 [blocks, rows].
     """
     half, block, upper = 1 << (bits - 1), feedback.block, feedback.upper
     columns, rows = weights.shape
-    integers = np.empty((columns, rows), np.uint8)
-    scales = np.empty((columns // block, rows), np.float32)
+    integers = np.empty((columns, rows))
+    scales = np.empty((columns // block, rows))
     errors = np.empty_like(weights)
     for index, start in enumerate(range(0, columns, block)):
         stop = start + block
@@ -173,7 +190,7 @@ def _round(
         for k in range(start, stop):
             target = weights[k] + made_up[k - start] + upper[start:k, k] @ errors[start:k]
             integer = np.clip(np.rint(target * inverse), -half, half - 1)
-            integers[k] = integer + half
+            integers[k] = integer
             errors[k] = weights[k] - integer * scale
         scales[index] = scale
     return integers, scales

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_llm.runtime.device import usable_cores
 from edge_llm.runtime.kv_cache import state_capacity
-from edge_llm.runtime.session import create_session, import_onnxruntime
+from edge_llm.runtime.session import create_session
 
 from ..graph.decoder import GRAPH_FILE
 from ..graph.parts import Part
@@ -53,8 +53,6 @@ class PartSession:
         self._session: ort.InferenceSession = create_session(
             folder / GRAPH_FILE, threads=usable_cores(), minimum=self._minimum
         )
-        self._options = import_onnxruntime().RunOptions()
-        self._options.only_execute_path_to_fetches = True
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -80,5 +78,6 @@ class PartSession:
             shape = [sizes[size] if isinstance(size, str) else size for size in one.shape]
             feeds[one.input] = np.zeros(shape, np.float32)
         outputs = [name for name in names if name != self._part.input]
-        results = dict(zip(outputs, self._session.run(outputs, feeds, self._options), strict=True))
-        return {name: rows if name == self._part.input else results[name] for name in names}
+        results: dict[str, Any] = {self._part.input: rows}
+        found = self._session.run(outputs, feeds)
+        return results | dict(zip(outputs, found, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +99,7 @@ def test_the_integers_are_those_of_the_papers_procedure(storage: Storage) -> Non
     weight, inputs, _ = layer(256)
     assert storage.block is not None
     feedback = factorize(moments(inputs), block=storage.block, damping=0.01)
-    blocks = GPTQMatrix(Rows(weight), storage, feedback).blocks(0, len(weight))
+    blocks = GPTQMatrix(Rows(weight), storage, feedback, rounds=0).blocks(0, len(weight))
     integers, searched = paper(weight, moments(inputs), blocks.scales, storage, damping=0.01)
     np.testing.assert_array_equal(blocks.integers.reshape(integers.shape), integers)
     np.testing.assert_allclose(blocks.scales, searched, rtol=1e-5)
@@ -119,6 +121,46 @@ def test_unseen_inputs_lose_less_than_by_rounding_to_nearest(
 
     source = Rows(weight)
     assert lost(GPTQMatrix(source, storage, feedback)) < 0.8 * lost(RoundedMatrix(source, storage))
+
+
+@given(seed=st.integers(0, 2**32 - 1), block=st.sampled_from([32, 64]))
+@settings(max_examples=20)
+def test_no_round_of_descent_loses_more(seed: int, block: int) -> None:
+    weight, inputs, _ = layer(128, rows=6, seed=seed)
+    weight[0, :block] = 0
+    feedback = factorize(moments(inputs), block=block)
+    found = []
+    for rounds in range(4):
+        matrix = GPTQMatrix(Rows(weight), Storage(4, block), feedback, rounds=rounds)
+        errors = (restored(matrix) - weight).astype(np.float64)
+        found.append(np.einsum("ij,jk,ik->i", errors, feedback.moments, errors))
+    for before, after in itertools.pairwise(found):
+        assert (after <= before * (1 + 1e-5)).all()
+    assert found[-1].sum() < 0.99 * found[0].sum()
+
+
+def test_descent_ends_where_no_integer_and_no_scale_is_better_alone() -> None:
+    weight, inputs, _ = layer(64, rows=4)
+    feedback = factorize(moments(inputs), block=32)
+    matrix = GPTQMatrix(Rows(weight), Storage(4, 32), feedback, rounds=40)
+    blocks = matrix.blocks(0, 4)
+
+    def lost(integers: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float64]:
+        errors = weight - (integers * scales[..., None]).reshape(weight.shape)
+        least: NDArray[np.float64] = np.einsum("ij,jk,ik->i", errors, feedback.moments, errors)
+        return least
+
+    integers, scales = blocks.integers - 8.0, blocks.scales.astype(np.float64)
+    least = lost(integers, scales)
+    for step in (-1, 1):
+        for b, k in itertools.product(range(2), range(32)):
+            other = integers.copy()
+            other[:, b, k] = np.clip(other[:, b, k] + step, -8, 7)
+            assert (lost(other, scales) >= least * (1 - 1e-6)).all()
+        for b in range(2):
+            wider = scales.copy()
+            wider[:, b] *= 1 + step * 1e-3
+            assert (lost(integers, wider) >= least * (1 - 1e-6)).all()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
