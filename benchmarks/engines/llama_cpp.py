@@ -115,5 +115,6 @@ class LlamaCppEngine:
         """The logits of the last step, float32 [rows, vocab], until the next one."""
         values = ctypes.cast(lib.llama_get_logits(self._context), ctypes.c_void_p).value
         assert values
-        buffer = (ctypes.c_float * (rows * self._vocab)).from_address(values)
-        return np.frombuffer(buffer, np.float32).reshape(rows, self._vocab)
+        buffer: Any = (ctypes.c_float * (rows * self._vocab)).from_address(values)
+        logits: NDArray[np.float32] = np.frombuffer(buffer, np.float32)
+        return logits.reshape(rows, self._vocab)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from benchmarks.engines.engine import model_bytes, open_engine
 from benchmarks.engines.making import ModelFolder, recipe
 from benchmarks.engines.timing import Speed, Workload, ratio, time_by_turns
 from benchmarks.fidelity import Fidelity, Passage
-from benchmarks.quality import ROWS, Result, check_conversions, choose_rows, main, show_table
+from benchmarks.quality import ROWS, Result, check_conversions, choose_rows, draw, main, show_table
 from edge_llm.quality import Estimate
 from tests.conftest import TEXT, MakeCheckpoint
 
@@ -130,3 +131,18 @@ def test_the_program(
 def test_checkpoint_and_text_go_together(tiny_checkpoint: Path) -> None:
     with pytest.raises(SystemExit):
         main([str(tiny_checkpoint)])
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = {
+        "fp32": result("edge-llm", divergence=0.0, seconds=[0.05], exact=None),
+        "ours": result("edge-llm", divergence=0.01, seconds=[0.01], exact=None),
+        "theirs": result("llama.cpp", divergence=0.02, seconds=[0.02], exact=None),
+    }
+    rows["fp32"] = dataclasses.replace(rows["fp32"], recipe=ROWS["fp32"])
+    draw(rows, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "<!--  ours -->" in drawn
+    assert "<!--  theirs -->" in drawn
+    assert "fp32" not in drawn  # at 0, which no logarithmic axis has
