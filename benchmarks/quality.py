@@ -172,7 +172,7 @@ def measure_fidelities(
     return found
 
 
-def count_exact(path: Path, *, requests: int, threads: int) -> tuple[int, int]:
+def count_exact(path: Path, requests: int, threads: int) -> tuple[int, int]:
     """Held-out requests that the built-in model answers to the letter, and all."""
     samples = held_out_split(requests)
     with LLM(path, threads=threads) as llm:
@@ -190,23 +190,19 @@ def show_table(results: dict[str, Result]) -> str:
         fidelity = result.fidelity
         loss = fidelity.loss
         perplexity = math.exp(loss.value)
-        # The error of exp, in first order.
-        error = Estimate(
-            value=perplexity,
-            standard_error=None
-            if loss.standard_error is None
-            else perplexity * loss.standard_error,
-        )
+        # exp passes errors on in first order.
+        error = None if loss.standard_error is None else perplexity * loss.standard_error
         row = [name, f"{result.bits_per_weight:.2f}", f"{result.size / 1e6:.2f}"]
         row += _cells(fidelity.kl_divergence, 5) + _cells(fidelity.top1_agreement, 2, 100)
-        row += _cells(error, 3)
+        row += _cells(Estimate(value=perplexity, standard_error=error), 3)
         if result.speeds:
             per_token = statistics.median(speed.per_token for speed in result.speeds)
             row += [f"{1 / per_token:.0f}", f"{ratio(result.speeds, results[base].speeds):.2f}"]
         else:
             row += ["", ""]
         if exact:
-            row.append("" if result.exact is None else f"{100 * _share(result.exact):.2f}")
+            right, asked = result.exact or (0, 0)
+            row.append(f"{100 * right / asked:.2f}" if asked else "")
         rows.append(row)
     return table(rows)
 
@@ -217,10 +213,6 @@ def _cells(estimate: Estimate, digits: int, factor: float = 1.0) -> list[str]:
         f"{factor * estimate.value:.{digits}f}",
         "" if error is None else f"{factor * error:.{digits}f}",
     ]
-
-
-def _share(counts: tuple[int, int]) -> float:
-    return counts[0] / counts[1]
 
 
 def draw(results: dict[str, Result], file: Path) -> None:
@@ -329,7 +321,7 @@ def compare(
         notice(f"making {name}")
         made[name] = (row.engine, models.make(row))
     engines = {row.engine for row in rows.values()}
-    unquantized = {name: models.make(one) for name, one in UNQUANTIZED.items() if name in engines}
+    plain = {name: models.make(one) for name, one in UNQUANTIZED.items() if name in engines}
     bundle = models.make(REFERENCE)
     with LLM(bundle, threads=arguments.threads) as llm:
         passages = read_passages(arguments, llm)
@@ -342,27 +334,20 @@ def compare(
     )
     context = max(len(passage.tokens) for passage in passages)
     with open_engine("edge-llm", bundle, context=context, threads=load.threads) as reference:
-        checks = check_conversions(
-            {"transformers": checkpoint, **unquantized},
-            reference,
-            passages[:CHECKED_PASSAGES],
-            load,
-        )
+        plain["transformers"] = checkpoint
+        checks = check_conversions(plain, reference, passages[:CHECKED_PASSAGES], load)
         fidelities = measure_fidelities(made, reference, passages, load)
     speeds = time_by_turns(made, load, rounds=arguments.rounds, progress=notice)
     asked = arguments.requests if arguments.checkpoint is None else 0
     results = {}
     for name, (engine, path) in made.items():
-        size = model_bytes(path)
-        exact = None
-        if asked and engine == "edge-llm":
-            exact = count_exact(path, requests=asked, threads=load.threads)
+        size, ours = model_bytes(path), engine == "edge-llm"
         results[name] = Result(
             recipe=rows[name],
             size=size,
             bits_per_weight=8 * size / dims.parameters,
             fidelity=fidelities[name],
-            exact=exact,
+            exact=count_exact(path, asked, load.threads) if asked and ours else None,
             speeds=speeds[name],
         )
     document = {
@@ -370,7 +355,6 @@ def compare(
         "checkpoint": checkpoint.resolve().name,
         "text": None if arguments.text is None else Path(arguments.text).name,
         "windows": len(passages),
-        "window": None if arguments.text is None else arguments.window,
         "tokens": sum(passage.scored for passage in passages),
         "parameters": dims.parameters,
         "checks": checks,
