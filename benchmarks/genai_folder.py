@@ -17,18 +17,22 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: only this folder is on sys.path
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import numpy as np
 
+from benchmarks.engines.engine import open_engine
+from benchmarks.engines.making import ModelFolder, recipe
+from benchmarks.shapes import SHAPES, make_checkpoint
 from edge_llm import LLM
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment
-from edge_llm.runtime.session import import_onnxruntime
 
 ENGINES = ("edge-llm", "onnxruntime-genai")
 ANSWERS = 3  # of each process, behind one for warming up
@@ -36,54 +40,23 @@ ANSWERS = 3  # of each process, behind one for warming up
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Median seconds of prompts and of each token behind them, and all tokens."""
+    """Median seconds to the first token and of each further one, and all tokens."""
 
     prompt: float
     per_token: float
     tokens: list[list[int]]
 
 
-def ask_edge_llm(folder: Path, prompts: list[list[int]], max_tokens: int, threads: int) -> Run:
-    """Answer each prompt in edge_llm."""
-    with LLM(folder, context=len(prompts[0]) + max_tokens, threads=threads) as llm:
-        answers = [
-            llm.generate(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0)
-            for prompt in prompts
-        ]
-    assert all(answer.usage.reused_tokens == 0 for answer in answers)
-    per_token = [answer.timings.per_token or 0.0 for answer in answers[1:]]
+def ask(engine: str, folder: Path, prompts: list[list[int]], max_tokens: int, threads: int) -> Run:
+    """Answer each prompt in one of the two."""
+    context = len(prompts[0]) + max_tokens
+    with open_engine(engine, folder, context=context, threads=threads) as model:
+        answers = [model.answer(prompt, max_tokens=max_tokens) for prompt in prompts]
     return Run(
-        statistics.median(answer.timings.prompt for answer in answers[1:]),
-        statistics.median(per_token),
+        statistics.median(answer.first_token for answer in answers[1:]),
+        statistics.median(answer.per_token for answer in answers[1:]),
         [list(answer.tokens) for answer in answers],
     )
-
-
-def ask_genai(folder: Path, prompts: list[list[int]], max_tokens: int, threads: int) -> Run:
-    """Answer each prompt in onnxruntime-genai."""
-    import_onnxruntime()  # its telemetry is off from here on
-    import onnxruntime_genai as og
-
-    config = og.Config(str(folder))
-    options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    model = og.Model(config)
-    prompt_seconds, per_token, tokens = [], [], []
-    for prompt in prompts:
-        length = len(prompt) + max_tokens
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, params)
-        started = time.perf_counter()
-        generator.append_tokens(np.array(prompt, np.int32))
-        generator.generate_next_token()
-        prompted = time.perf_counter()
-        for _ in range(max_tokens - 1):
-            generator.generate_next_token()
-        per_token.append((time.perf_counter() - prompted) / (max_tokens - 1))
-        prompt_seconds.append(prompted - started)
-        tokens.append([int(token) for token in generator.get_sequence(0)[len(prompt) :]])
-    return Run(statistics.median(prompt_seconds[1:]), statistics.median(per_token[1:]), tokens)
 
 
 def alternate(arguments: argparse.Namespace) -> dict[str, list[Run]]:
@@ -118,14 +91,10 @@ def summarize(runs: dict[str, list[Run]]) -> dict[str, Any]:
 
 def make_folder(folder: Path, shape: str) -> Path:
     """The shape's checkpoint in genai's layout, made where it is not there yet."""
-    checkpoint, target = folder / shape, folder / f"{shape}-genai-int4"
-    if not (target / "genai_config.json").is_file():
-        here = Path(__file__).parent
-        subprocess.run([sys.executable, here / "shapes.py", shape, checkpoint], check=True)
-        command = [sys.executable, str(here / "genai_builder.py"), "-p", "int4", "-e", "cpu"]
-        folders = ["-i", str(checkpoint), "-o", str(target), "-c", str(folder / "genai-cache")]
-        subprocess.run([*command, *folders], check=True)
-    return target
+    checkpoint, models = folder / shape, folder / f"{shape}-models"
+    make_checkpoint(SHAPES[shape], checkpoint)
+    models.mkdir(exist_ok=True)
+    return ModelFolder(checkpoint, models).make(recipe("onnxruntime-genai", "int4"))
 
 
 def parse() -> argparse.Namespace:
@@ -152,8 +121,7 @@ def main() -> None:
         vocab = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
         rng = np.random.default_rng(arguments.seed)
         prompts = rng.integers(vocab, size=(1 + ANSWERS, arguments.prompt_tokens)).tolist()
-        ask = ask_edge_llm if arguments.engine == "edge-llm" else ask_genai
-        run = ask(folder, prompts, arguments.max_tokens, arguments.threads)
+        run = ask(arguments.engine, folder, prompts, arguments.max_tokens, arguments.threads)
         print(json.dumps(dataclasses.asdict(run)))
         return
     summary = summarize(alternate(arguments))

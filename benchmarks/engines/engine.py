@@ -1,0 +1,86 @@
+"""What a benchmark asks of an engine."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ENGINES", "Answer", "Engine", "model_bytes", "open_engine"]
+
+ENGINES = {
+    "edge-llm": "own.EdgeEngine",
+    "llama.cpp": "llama_cpp.LlamaCppEngine",
+    "onnxruntime-genai": "genai.GenaiEngine",
+    "transformers": "huggingface.TransformersEngine",
+}
+"""Module and class of each engine; a module is imported when its engine is opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy answer.
+
+    Attributes:
+        first_token: Seconds until the first token was known.
+        per_token: Seconds of each further token, their mean; 0 where there is none.
+        tokens: The answer.
+    """
+
+    first_token: float
+    per_token: float
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def timed(cls, tokens: Sequence[int], *, started: float, first: float, ended: float) -> Answer:
+        """An answer by the times on one clock when it began, had its first token, and ended."""
+        further = len(tokens) - 1
+        return cls(first - started, (ended - first) / further if further else 0.0, tuple(tokens))
+
+
+class Engine(Protocol):
+    """A loaded model; one sequence at a time, nothing kept from one call to the next."""
+
+    def logits(self, tokens: Sequence[int], *, last: int) -> NDArray[np.float32]:
+        """What follows each of a sequence's last ``last`` tokens, float32 [last, vocab]."""
+
+    def answer(self, prompt: Sequence[int], *, max_tokens: int) -> Answer:
+        """Answer greedily with exactly ``max_tokens`` tokens."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+def open_engine(name: str, path: Path, *, context: int, threads: int) -> Engine:
+    """Load a model.
+
+    Args:
+        name: One of ``ENGINES``.
+        path: A bundle, a GGUF file, onnxruntime-genai's folder, or a checkpoint.
+        context: Most tokens of a sequence.
+        threads: To compute with.
+    """
+    module, kind = ENGINES[name].split(".")
+    engine: Engine = getattr(importlib.import_module(f"{__package__}.{module}"), kind)(
+        path, context=context, threads=threads
+    )
+    return engine
+
+
+def model_bytes(path: Path) -> int:
+    """Bytes of a model's graph and weights, on disk.
+
+    The tokenizer counts nowhere: it is the same for everybody, and no part of the GGUF files here.
+    """
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.onnx*"))
