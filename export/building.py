@@ -35,7 +35,7 @@ def build(
     if isinstance(plan.model, DecoderSpec):
         spec = plan.model.as_stored(weights.names)
         check_tensors(weights, spec)
-        trial = partial(_write_trial, plan, spec, weights)
+        trial = partial(_write_trial, plan, spec, weights, report)
         with choose_matrices(plan, spec, weights, trial, stage.parent, report) as selection:
             yield _record(plan, spec, weights, selection)
         return
@@ -91,10 +91,15 @@ def _record(plan: Plan, spec: DecoderSpec, weights: Weights, selection: Selectio
 
 
 def _write_trial(
-    plan: Plan, spec: DecoderSpec, weights: Weights, selection: Selection, folder: Path
+    plan: Plan,
+    spec: DecoderSpec,
+    weights: Weights,
+    report: Progress,
+    selection: Selection,
+    folder: Path,
 ) -> None:
     """Write a bundle that is not the last one, into an empty folder."""
-    write(plan, _record(plan, spec, weights, selection), folder, lambda phase, done, total: None)
+    write(plan, _record(plan, spec, weights, selection), folder, report)
 
 
 def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:

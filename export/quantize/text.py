@@ -72,7 +72,7 @@ def calibration_windows(
         work=work,
         draft=draft,
         tokenizer=tokenizer,
-        scored=None if scored is None else ScoredText(scored),
+        scored=None if scored is None or len(scored) < PASSAGE else ScoredText(scored),
         report=report,
     )
     used = drawing.take(calibration.samples, stream=0, phase="drawing")

@@ -13,14 +13,15 @@ from edge_llm_export.architectures.registry import read_architecture
 from edge_llm_export.architectures.spec import DecoderSpec
 from edge_llm_export.checkpoint.weights import Weights
 from edge_llm_export.config import read_config
+from edge_llm_export.graph.linear import Calibrated
 from edge_llm_export.graph.parts import Part, build_embedding, build_layer
 from edge_llm_export.plan import MIN_ONNXRUNTIME
+from edge_llm_export.quantize.alternatives import vocabularies
 from edge_llm_export.quantize.calibrate import calibrate
 from edge_llm_export.quantize.calibration import Calibration
 from edge_llm_export.quantize.inputs import solve_correction, sum_inputs
 from edge_llm_export.quantize.session import PartSession
-from edge_llm_export.quantize.shelf import ShelvedMatrix
-from edge_llm_export.quantize.storage import FLOAT32, Storage
+from edge_llm_export.quantize.storage import FLOAT32, RoundedMatrix, Storage
 
 CONTEXT = 64
 STORAGE = Storage(4, 64)
@@ -46,18 +47,20 @@ def matrices(
     windows: NDArray[np.int64],
     folder: Path,
     calibration: Calibration,
-) -> dict[str, ShelvedMatrix]:
-    return calibrate(
+) -> Calibrated:
+    found = calibrate(
         spec,
         weights,
         windows,
-        storage=STORAGE,
+        ways=lambda name: (STORAGE,),
+        embedding=(RoundedMatrix(vocabularies(spec, weights)["embed_tokens"], STORAGE),),
         context=CONTEXT,
         calibration=calibration,
         folder=folder,
         minimum=MIN_ONNXRUNTIME,
-        report=lambda phase, done, total: None,
+        report=lambda done, total: None,
     )
+    return {name: (one.first,) for name, one in found.items()}
 
 
 def test_every_layer_of_a_real_model_loses_less_than_rounded_to_nearest(
@@ -71,12 +74,15 @@ def test_every_layer_of_a_real_model_loses_less_than_rounded_to_nearest(
     with weights:
         found = matrices(spec, weights, windows[:96], tmp_path, Calibration())
         exact, stream = (
-            run(build_embedding(spec, weights, storage=one, context=CONTEXT), windows[96:])
+            run(
+                build_embedding(spec, weights, storage=one, context=CONTEXT, calibrated={}),
+                windows[96:],
+            )
             for one in (FLOAT32, STORAGE)
         )
         for i in range(spec.layers):
 
-            def layer(storage: Storage, done: dict[str, ShelvedMatrix], index: int = i) -> Part:
+            def layer(storage: Storage, done: Calibrated, index: int = i) -> Part:
                 return build_layer(
                     spec, weights, index, storage=storage, context=CONTEXT, calibrated=done
                 )
@@ -92,7 +98,8 @@ def test_the_correction_is_the_least_squares_one(tiny_checkpoint: Path) -> None:
     with weights:
         part = build_layer(spec, weights, 0, storage=FLOAT32, context=CONTEXT, calibrated={})
         exact = run(
-            build_embedding(spec, weights, storage=FLOAT32, context=CONTEXT), tokens(spec, 0)
+            build_embedding(spec, weights, storage=FLOAT32, context=CONTEXT, calibrated={}),
+            tokens(spec, 0),
         )
         noise = np.random.default_rng(1).standard_normal(exact.shape, np.float32)
         stream: NDArray[np.float32] = exact + np.float32(0.05) * noise
@@ -105,6 +112,7 @@ def test_the_correction_is_the_least_squares_one(tiny_checkpoint: Path) -> None:
                 names = [one.input, *streams]
                 true, found = session.step(exact, names), session.step(stream, names)
             correction = solve_correction(sums, damping=1e-9, share=1.0)
+            assert correction
             rows = one.matrix.shape[0]
             corrected = correction.apply(one.matrix, one.added).read(0, rows)
             weight = one.matrix.read(0, rows).astype(np.float64)
@@ -117,7 +125,9 @@ def test_the_correction_is_the_least_squares_one(tiny_checkpoint: Path) -> None:
                 aim += flat(true[one.added]) - flat(found[one.added])
             best, *_ = np.linalg.lstsq(flat(found[one.input]), aim, rcond=None)
             np.testing.assert_allclose(corrected, best.T, atol=2e-3 * np.abs(best).max())
-            half = solve_correction(sums, damping=1e-9, share=0.5).apply(one.matrix, one.added)
+            halved = solve_correction(sums, damping=1e-9, share=0.5)
+            assert halved
+            half = halved.apply(one.matrix, one.added)
             np.testing.assert_allclose(
                 half.read(1, 3), (corrected + weight)[1:3] / 2, rtol=1e-4, atol=1e-5
             )
