@@ -21,8 +21,8 @@ from .shelf import save_array
 
 __all__ = ["calibration_windows"]
 
-# Windows that are drawn at once: 32 take about six times as long as one. What the caches hold is
-# bounded by their tokens. Both decide what is drawn, so neither may depend on the machine.
+# Windows that are drawn at once: 32 take about eight times as long as one. What the caches hold
+# is bounded by their tokens. Both decide what is drawn, so neither may depend on the machine.
 ROWS = 32
 TOKENS_AT_ONCE = 8192
 
