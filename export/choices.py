@@ -8,7 +8,9 @@ __all__ = [
     "DEFAULT_QUANTIZATION",
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
+    "NO_DOT_PRODUCT",
     "QUANTIZATIONS",
+    "TARGETS",
     "VIAS",
 ]
 
@@ -22,6 +24,10 @@ METHODS = ("rtn", "gptq")
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""
 DEFAULT_BLOCK = 32
+
+NO_DOT_PRODUCT = "arm64-nodotprod"
+TARGETS = ("x86", "arm64", NO_DOT_PRODUCT)
+"""CPUs by the kernels that they have. The first two take the same graph, which is the default."""
 
 # A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
 LONGEST_DEFAULT_CONTEXT = 8192

@@ -19,7 +19,9 @@ from .choices import (
     DEFAULT_QUANTIZATION,
     LONGEST_DEFAULT_CONTEXT,
     METHODS,
+    NO_DOT_PRODUCT,
     QUANTIZATIONS,
+    TARGETS,
     VIAS,
 )
 
@@ -51,6 +53,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=BLOCKS,
         help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
+    )
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="the CPU that the bundle is for (default: x86 or arm64, which take the same graph); "
+        f"{NO_DOT_PRODUCT} is for a Raspberry Pi 3 or 4: int8 unless int4 is asked for",
     )
     parser.add_argument(
         "--method",
@@ -129,6 +137,7 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             arguments.output,
             quantize=arguments.quantize,
             block=arguments.block,
+            target=arguments.target,
             method=arguments.method,
             calibration=_calibration(arguments),
             work_dir=arguments.work_dir,

@@ -31,7 +31,7 @@ from .fallback.model import OptimumModel, read_model
 from .plan import Plan, Progress
 from .quantize.calibration import Calibration
 from .quantize.choice import check_choice, choose_calibration, choose_storage
-from .quantize.storage import FLOAT32
+from .quantize.storage import CHANNELS, FLOAT32
 from .writer import BundleWriter
 
 __all__ = ["Progress", "export_model"]
@@ -43,6 +43,7 @@ def export_model(
     *,
     quantize: str | None = None,
     block: int | None = None,
+    target: str | None = None,
     method: str = METHODS[0],
     calibration: Calibration | None = None,
     work_dir: str | os.PathLike[str] | None = None,
@@ -64,6 +65,9 @@ def export_model(
         quantize: "fp32", "int8" or "int4" (default: "int4"). A checkpoint that GPTQ or AWQ
             quantized keeps its integers, unless "fp32" dequantizes them.
         block: Weights that share a scale: 32, 64 or 128 (default 32).
+        target: The CPU that the bundle is for: "x86", "arm64" (from Cortex-A76 and Raspberry Pi 5
+            on) or "arm64-nodotprod" (Raspberry Pi 3 and 4), which has int8 with a scale per row as
+            its default and int4 to save memory. Without one the graph is that of the first two.
         method: How floats are rounded: "rtn", to the nearest integers, or "gptq", for the inputs
             that each matrix has when the model runs on some text.
         calibration: That text, and how GPTQ is done (default: the model writes the text itself).
@@ -97,28 +101,29 @@ def export_model(
             what transformers computes.
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
-    check_choice(quantize, block)
+    check_choice(quantize, block, target)
     calibration = choose_calibration(method, calibration, work_dir, quantize)
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
-    target = check_target(Path(output), overwrite=overwrite)
+    folder = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
     checkpoint = resolve(os.fspath(source), revision=revision, token=token)
     plan = replace(
-        _read(checkpoint, quantize, block, max_context, ignore_config, via, say),
+        _read(checkpoint, quantize, block, target, max_context, ignore_config, via, say),
         calibration=calibration,
         work_dir=None if work_dir is None else Path(work_dir),
     )
+    _check_storage(plan)
     _check_calibration(plan)
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
     floats = plan.storage == FLOAT32
     with (
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
-        staged(target, overwrite=overwrite) as stage,
+        staged(folder, overwrite=overwrite) as stage,
     ):
         with build(plan, weights, stage, report, say) as built:
             manifest = write(plan, built, stage, report)
@@ -126,7 +131,7 @@ def export_model(
         run_once(stage, warn=say)
         report("verifying", 1, 1)
         if evaluate is not None and text is not None:
-            with _original(plan, stage, target, via, ignore_config, report) as original:
+            with _original(plan, stage, folder, via, ignore_config, report) as original:
                 quality = measure_quality(
                     stage,
                     original,
@@ -174,6 +179,7 @@ def _read(
     checkpoint: Checkpoint,
     quantize: str | None,
     block: int | None,
+    target: str | None,
     max_context: int | None,
     ignore: Collection[str],
     via: str,
@@ -182,7 +188,7 @@ def _read(
     """Read all but the weights, and refuse what the model cannot be."""
     config = read_config(checkpoint.path)
     packing = read_packing(config, ignore=ignore)
-    storage = choose_storage(quantize, block, packing)
+    storage = choose_storage(quantize, block, packing, target)
     model = _read_model(config, ignore, via, say)
     context = _context(model, max_context, say)
     files = read_tokenizer(checkpoint.path, config)
@@ -196,7 +202,28 @@ def _read(
         context=context,
         calibration=None,
         work_dir=None,
+        target=target,
     )
+
+
+def _check_storage(plan: Plan) -> None:
+    """Refuse a scale per row where it cannot be: in optimum's graphs, and calibrated."""
+    if plan.storage != CHANNELS:
+        return
+    if not isinstance(plan.model, DecoderSpec):
+        raise ArgumentError(
+            "target",
+            "left out where optimum makes the graph, or with int4 or fp32",
+            plan.target,
+            "Only the graph builder knows int8 with a scale per row.",
+        )
+    if plan.calibration is not None:
+        raise ArgumentError(
+            "method",
+            f"{METHODS[0]!r} with int8 for {plan.target}",
+            "gptq",
+            "8 bits lose next to nothing; calibrate int4.",
+        )
 
 
 def _check_calibration(plan: Plan) -> None:

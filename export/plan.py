@@ -55,6 +55,7 @@ class Plan:
     context: int
     calibration: Calibration | None
     work_dir: Path | None
+    target: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ def make_manifest(
         chat=chat,
         files=entries,
         quality=(),
+        target=plan.target,
         producer={name: version(name) for name in (*_PRODUCERS, *built.producers)},
         info=info,
     )

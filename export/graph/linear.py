@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from edge_llm.errors import UnsupportedModelError
 
 from ..quantize.storage import (
+    CHANNELS,
+    FLOAT32,
     QuantizedMatrix,
     Storage,
     float_rows,
     quantized_tensors,
     transposed,
 )
+from .channels import ChannelWeight
 from .matrices import Matrix
 from .quantized import quantized_parts
 from .recorder import GraphRecorder, TensorInfo
@@ -57,13 +60,15 @@ def project(
         calibrated: Matrices that are quantized already, by name; the others are rounded.
     """
     name = constant_name(path)
-    if storage.block is None:
+    if storage == FLOAT32:
         weight, (rows, columns) = f"{name}.weight", matrix.shape
         graph.defer([TensorInfo(weight, FLOAT, (columns, rows))], lambda: [[transposed(matrix)]])
         product = graph.op("MatMul", f"{path}/MatMul", [source, weight])
         if bias is None:
             return product
         return graph.op("Add", f"{path}/Add", [product, graph.constant(f"{name}.bias", bias)])
+    if storage == CHANNELS:
+        return ChannelWeight(graph, name, matrix, table=False).multiply(path, source, bias)
     parts = _parts(name, matrix, storage, calibrated)
     paths = [path] if len(parts) == 1 else [f"{path}/{i}" for i in range(len(parts))]
     stops = np.cumsum([part.shape[0] for part in parts])
@@ -91,11 +96,13 @@ class Vocabulary:
     ) -> None:
         self._graph = graph
         self._columns = matrix.shape[1]
-        self._quantized: _QuantizedWeight | None = None
-        if storage.block is None:
+        self._quantized: _QuantizedWeight | ChannelWeight | None = None
+        if storage == FLOAT32:
             self._weight = f"{name}.weight"
             info = TensorInfo(self._weight, FLOAT, matrix.shape)
             graph.defer([info], lambda: [float_rows(matrix)])
+        elif storage == CHANNELS:
+            self._quantized = ChannelWeight(graph, name, matrix, table=True)
         else:
             (part,) = _parts(name, matrix, storage, calibrated)
             self._quantized = _QuantizedWeight(graph, name, part)

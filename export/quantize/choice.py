@@ -8,14 +8,22 @@ from edge_llm.errors import ArgumentError
 from edge_llm.manifest import Quantization, TensorQuantization
 
 from ..checkpoint.prequantized import Packing
-from ..choices import BLOCKS, DEFAULT_BLOCK, DEFAULT_QUANTIZATION, METHODS, QUANTIZATIONS
+from ..choices import (
+    BLOCKS,
+    DEFAULT_BLOCK,
+    DEFAULT_QUANTIZATION,
+    METHODS,
+    NO_DOT_PRODUCT,
+    QUANTIZATIONS,
+    TARGETS,
+)
 from .calibration import Calibration
-from .storage import FLOAT32, Storage
+from .storage import CHANNELS, FLOAT32, Storage
 
 __all__ = ["check_choice", "choose_calibration", "choose_storage", "describe_storage"]
 
 
-def check_choice(quantize: str | None, block: int | None) -> None:
+def check_choice(quantize: str | None, block: int | None, target: str | None = None) -> None:
     """Refuse what no checkpoint can be stored as.
 
     Raises:
@@ -27,9 +35,13 @@ def check_choice(quantize: str | None, block: int | None) -> None:
         raise ArgumentError("block", f"one of {', '.join(map(str, BLOCKS))}", block)
     if quantize == "fp32" and block is not None:
         raise ArgumentError("block", "left out with fp32, which has no blocks", block)
+    if target is not None and target not in TARGETS:
+        raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
 
 
-def choose_storage(quantize: str | None, block: int | None, packing: Packing | None) -> Storage:
+def choose_storage(
+    quantize: str | None, block: int | None, packing: Packing | None, target: str | None = None
+) -> Storage:
     """How to store what the checkpoint has as floats.
 
     Args:
@@ -37,13 +49,15 @@ def choose_storage(quantize: str | None, block: int | None, packing: Packing | N
             or else the default.
         block: Weights that share a scale, or None: the default.
         packing: The checkpoint's integers, which stay as they are unless ``quantize`` is "fp32".
+        target: The CPU: "x86", "arm64", "arm64-nodotprod", or None: any of the first two.
 
     Raises:
-        ArgumentError: An argument contradicts ``packing``.
+        ArgumentError: An argument contradicts another, or ``packing``.
     """
     if quantize == "fp32":
         return FLOAT32
-    bits = QUANTIZATIONS[quantize or DEFAULT_QUANTIZATION]
+    default = "int8" if target == NO_DOT_PRODUCT else DEFAULT_QUANTIZATION
+    bits = QUANTIZATIONS[quantize or default]
     if packing is not None:
         remedy = f"The checkpoint is quantized already ({packing}) and keeps its integers."
         if quantize is not None and bits != packing.bits:
@@ -51,7 +65,33 @@ def choose_storage(quantize: str | None, block: int | None, packing: Packing | N
         if block not in (None, packing.block):
             raise ArgumentError("block", f"{packing.block} or left out", block, remedy)
         bits = packing.bits
+    if target == NO_DOT_PRODUCT and bits == 8:
+        return _channels(block, packing)
     return Storage(bits, block or DEFAULT_BLOCK)
+
+
+def _channels(block: int | None, packing: Packing | None) -> Storage:
+    """8 bits where bytes are not multiplied into 32-bit sums: no blocks.
+
+    Raises:
+        ArgumentError: Blocks are asked for, or the checkpoint has them.
+    """
+    if packing is not None:
+        raise ArgumentError(
+            "target",
+            f"left out, or {NO_DOT_PRODUCT} with fp32",
+            NO_DOT_PRODUCT,
+            f"The checkpoint's integers ({packing}) have blocks, which such a CPU unpacks at every "
+            "step: export from the unquantized checkpoint that it was made from.",
+        )
+    if block is not None:
+        raise ArgumentError(
+            "block",
+            f"left out with int8 for {NO_DOT_PRODUCT}",
+            block,
+            "There a row shares a scale: 8 bits in blocks are unpacked at every step.",
+        )
+    return CHANNELS
 
 
 def choose_calibration(
