@@ -1,6 +1,8 @@
-"""What an export can be asked for; imports nothing, so that ``edge-llm --help`` need not wait."""
+"""What an export can be asked for; imports little, so that ``edge-llm --help`` need not wait."""
 
 from __future__ import annotations
+
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 __all__ = [
     "BLOCKS",
@@ -8,7 +10,6 @@ __all__ = [
     "DEFAULT_QUANTIZATION",
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
-    "NO_DOT_PRODUCT",
     "QUANTIZATIONS",
     "TARGETS",
     "VIAS",
@@ -25,7 +26,6 @@ BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""
 DEFAULT_BLOCK = 32
 
-NO_DOT_PRODUCT = "arm64-nodotprod"
 TARGETS = ("x86", "arm64", NO_DOT_PRODUCT)
 """CPUs by the kernels that they have. The first two take the same graph, which is the default."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import report_bundle
 from edge_llm.errors import ExportError
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 from .choices import (
     BLOCKS,
@@ -19,7 +20,6 @@ from .choices import (
     DEFAULT_QUANTIZATION,
     LONGEST_DEFAULT_CONTEXT,
     METHODS,
-    NO_DOT_PRODUCT,
     QUANTIZATIONS,
     TARGETS,
     VIAS,

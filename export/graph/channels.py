@@ -72,7 +72,7 @@ class ChannelWeight:
 
     def _times(self, path: str, product: str, divisor: str, output: str = "") -> str:
         outputs = [output] if output else []
-        return self._graph.op("Mul", f"{path}/Mul", [product, divisor], outputs=outputs)
+        return self._graph.op("Mul", f"{path}/Rescale", [product, divisor], outputs=outputs)
 
     def _product(self, path: str, source: str) -> str:
         graph = self._graph

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from edge_llm.errors import ArgumentError
 from edge_llm.manifest import Quantization, TensorQuantization
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 from ..checkpoint.prequantized import Packing
 from ..choices import (
@@ -13,7 +14,6 @@ from ..choices import (
     DEFAULT_BLOCK,
     DEFAULT_QUANTIZATION,
     METHODS,
-    NO_DOT_PRODUCT,
     QUANTIZATIONS,
     TARGETS,
 )
