@@ -1,9 +1,9 @@
 """Which storage of weights is fast on this CPU? One model, stored in each way, by turns.
 
 Prompts and single steps are timed apart; medians over rounds, and ratios within a round to int4 in
-blocks of 32. What is not fast by ``edge-llm info``'s own rules is marked. The bundles are made where
-they are not there yet, so that a device can run those that a desktop made. The last line of stdout
-is a JSON document.
+blocks of 32. What is not fast by the rules of ``edge-llm info`` is marked. The bundles are made
+where they are not there yet, so that a device can run those that a desktop made. The last line of
+stdout is a JSON document.
 
     python benchmarks/target.py CHECKPOINT --folder bundles
     qemu-aarch64 -cpu cortex-a72 ... python3 benchmarks/target.py --folder bundles

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from edge_llm import LLM
 from edge_llm.errors import ArgumentError
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 from edge_llm.runtime.session import create_session
 from edge_llm_export import export_model
 from edge_llm_export.checkpoint.prequantized import Packing
-from edge_llm_export.choices import NO_DOT_PRODUCT, TARGETS
+from edge_llm_export.choices import TARGETS
 from edge_llm_export.graph.linear import Vocabulary, project
 from edge_llm_export.graph.recorder import GraphRecorder
 from edge_llm_export.quantize.choice import check_choice, choose_storage
