@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from edge_llm.errors import (
@@ -17,8 +17,9 @@ from edge_llm.errors import (
     UnsupportedFormatError,
 )
 from edge_llm.foreign.external_data import check_external_data, check_link
-from edge_llm.foreign.onnx_file import read_onnx
+from edge_llm.foreign.onnx_file import OnnxModel, read_onnx
 from edge_llm.manifest import MANIFEST_NAME, Manifest
+from edge_llm.runtime.kernels import BlockProduct, block_products, slow_kernels
 
 __all__ = ["Bundle", "sha256_file"]
 
@@ -37,6 +38,7 @@ class Bundle:
             there is no choice.
         texts: Files that the manifest lists and that a foreign folder has in another form.
         foreign: Whether the manifest was derived.
+        products: How its graph multiplies weights that are stored in blocks.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Bundle:
     variants: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     foreign: bool = False
+    products: frozenset[BlockProduct] = frozenset()
 
     @classmethod
     def open(
@@ -90,8 +93,7 @@ class Bundle:
             raise ArgumentError("variant", "left out with a bundle: it has one graph", variant)
         bundle = cls(folder, Manifest.from_json(text))
         bundle._check_files(verify=verify, on_file=on_file)
-        bundle._check_graph()
-        return bundle
+        return replace(bundle, products=block_products(bundle._check_graph().nodes))
 
     @classmethod
     def _open_foreign(cls, folder: Path, variant: str | None, *, verify: bool) -> Bundle:
@@ -114,7 +116,8 @@ class Bundle:
                 "`edge-llm import` makes a bundle of it that can be verified.",
             )
         manifest, texts = derive_manifest(folder, found)
-        return cls(folder, manifest, found.variants, texts, foreign=True)
+        products = block_products(read_onnx(folder / found.graph).nodes)
+        return cls(folder, manifest, found.variants, texts, foreign=True, products=products)
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists."""
@@ -140,7 +143,12 @@ class Bundle:
         """Bytes of all listed files together."""
         return sum(entry.size for entry in self.manifest.files.values())
 
-    def _check_graph(self) -> None:
+    @property
+    def slow(self) -> str | None:
+        """Why this CPU has no fast kernels for it, and what to do; None where it has."""
+        return slow_kernels(self.products, target=self.manifest.target)
+
+    def _check_graph(self) -> OnnxModel:
         """Refuse a graph that would read what is no part of the bundle."""
         name = self.manifest.decoder.graph
         graph = self.file(name)
@@ -149,12 +157,14 @@ class Bundle:
                 f"The graph {name!r} is no .onnx file.", "Export the bundle again."
             )
         above = PurePosixPath(name).parent
-        for data in check_external_data(read_onnx(graph), graph):
+        model = read_onnx(graph)
+        for data in check_external_data(model, graph):
             if str(above / data) not in self.manifest.files:
                 raise IntegrityError(
                     f"{name} needs {data!r}, which {MANIFEST_NAME} does not list.",
                     "Copy the bundle again, or export it again.",
                 )
+        return model
 
     def _check_files(self, *, verify: bool, on_file: Callable[[str], None] | None) -> None:
         remedy = "Copy the bundle again, or export it again."

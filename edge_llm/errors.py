@@ -23,6 +23,7 @@
         └── VerificationError                   the written bundle did not behave as it must
 
     EdgeLLMWarning (also a UserWarning)
+    ├── SlowKernelWarning                       this CPU has no fast kernels for the weights
     └── TelemetryWarning                        onnxruntime was imported with its telemetry on
 """
 
@@ -48,6 +49,7 @@ __all__ = [
     "ManifestError",
     "PlatformError",
     "RuntimeFailure",
+    "SlowKernelWarning",
     "TelemetryWarning",
     "UnsupportedFormatError",
     "UnsupportedModelError",
@@ -189,6 +191,10 @@ class VerificationError(ExportError):
 
 class EdgeLLMWarning(UserWarning):
     """Base of the warnings that edge_llm gives."""
+
+
+class SlowKernelWarning(EdgeLLMWarning):
+    """This CPU has no fast kernels for the model's weights."""
 
 
 class TelemetryWarning(EdgeLLMWarning):

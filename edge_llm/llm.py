@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, Unpack
@@ -27,6 +28,7 @@ from edge_llm.errors import (
     ContextLengthError,
     DeadlineError,
     ManifestError,
+    SlowKernelWarning,
 )
 from edge_llm.manifest import Manifest
 from edge_llm.options import (
@@ -81,6 +83,9 @@ class LLM:
         threads: Threads that compute.
         load_seconds: What loading took.
 
+    Warns:
+        SlowKernelWarning: This CPU has no fast kernels for the weights; the text says what to do.
+
     Raises:
         BundleError: The folder is not a usable bundle (see its subclasses).
         ArgumentError: An argument is outside its domain.
@@ -100,6 +105,9 @@ class LLM:
     ) -> None:
         started = time.perf_counter()
         bundle = Bundle.open(path, variant=variant, verify=verify)
+        # Nobody can export the embedded model again, and it is small.
+        if bundle.slow and bundle.path != BUNDLE:
+            warnings.warn(bundle.slow, SlowKernelWarning, stacklevel=2)
         self.manifest: Manifest = bundle.manifest
         dims, tokens = self.manifest.dims, self.manifest.tokens
         self.context: int = integer("context", context, 2, dims.context) or min(

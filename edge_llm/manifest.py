@@ -35,7 +35,7 @@ __all__ = [
     "Tokens",
 ]
 
-FORMAT = "1.1"
+FORMAT = "1.2"
 MANIFEST_NAME = "manifest.json"
 # Each layout of the graph, and whether a state's input and output are one buffer in it.
 LAYOUTS = {"edge_llm.v1": True, "standard.v1": False, "genai.v1": True}
@@ -230,6 +230,8 @@ class Manifest:
         files: Every file of the bundle save the manifest, by path inside it.
         quality: Measured figures; empty where nothing was measured.
         producer: Versions of what wrote the bundle.
+        target: The CPU that it was made for: "x86", "arm64", "arm64-nodotprod", or another; None:
+            no particular one. For people, and for warnings; never branched on by computation.
         info: Kept, never interpreted.
     """
 
@@ -248,6 +250,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     quality: tuple[Quality, ...]
     producer: Mapping[str, str]
+    target: str | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

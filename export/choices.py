@@ -1,6 +1,8 @@
-"""What an export can be asked for; imports nothing, so that ``edge-llm --help`` need not wait."""
+"""What an export can be asked for; imports little, so that ``edge-llm --help`` need not wait."""
 
 from __future__ import annotations
+
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 __all__ = [
     "AUTO",
@@ -10,6 +12,7 @@ __all__ = [
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
     "QUANTIZATIONS",
+    "TARGETS",
     "VIAS",
     "VOCABULARIES",
 ]
@@ -31,6 +34,9 @@ VOCABULARIES = ("int4", "int8")
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""
 DEFAULT_BLOCK = 32
+
+TARGETS = ("x86", "arm64", NO_DOT_PRODUCT)
+"""CPUs by the kernels that they have. The first two take the same graph, which is the default."""
 
 # A longer context is a matter of --max-context: its rotary tables and its cache cost memory.
 LONGEST_DEFAULT_CONTEXT = 8192

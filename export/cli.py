@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import report_bundle
 from edge_llm.errors import ExportError
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 from .choices import (
     AUTO,
@@ -21,6 +22,7 @@ from .choices import (
     LONGEST_DEFAULT_CONTEXT,
     METHODS,
     QUANTIZATIONS,
+    TARGETS,
     VIAS,
     VOCABULARIES,
 )
@@ -107,6 +109,12 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         help=f"weights that share a scale (default: {DEFAULT_BLOCK})",
     )
     group.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="the CPU that the bundle is for (default: x86 or arm64, which take the same graph); "
+        f"{NO_DOT_PRODUCT} is for a Raspberry Pi 3 or 4: int8 unless int4 is asked for",
+    )
+    group.add_argument(
         "--method",
         choices=METHODS,
         help=f"how weights are rounded (default: {METHODS[0]}, to nearest); gptq takes minutes and "
@@ -159,6 +167,7 @@ def _export(arguments: argparse.Namespace) -> Manifest:
             arguments.output,
             quantize=arguments.quantize,
             block=arguments.block,
+            target=arguments.target,
             method=arguments.method,
             vocabulary=arguments.vocabulary,
             max_kld=arguments.max_kld,

@@ -47,6 +47,7 @@ def export_model(
     block: int | None = None,
     method: str | None = None,
     vocabulary: str | None = None,
+    target: str | None = None,
     max_kld: float | None = None,
     max_ppl_increase: float | None = None,
     max_size: int | None = None,
@@ -77,6 +78,9 @@ def export_model(
             the inputs that each matrix has when the model runs on some text.
         vocabulary: "int4" or "int8": how the embedding and the head are stored (default: int8 with
             "gptq", where a 4-bit vocabulary would lose most, or else as the rest).
+        target: The CPU that the bundle is for: "x86", "arm64" (from Cortex-A76 and Raspberry Pi 5
+            on) or "arm64-nodotprod" (Raspberry Pi 3 and 4), which has int8 with a scale per row as
+            its default and int4 to save memory. Without one the graph is that of the first two.
         max_kld: A mix that loses no more: KL divergence from the float32 model, nats per token, on
             text that is like what it is calibrated on, but apart from it.
         max_ppl_increase: A mix whose perplexity grows by no larger a share, on such text.
@@ -120,11 +124,12 @@ def export_model(
         vocabulary=vocabulary,
         calibration=calibration,
         work_dir=work_dir,
+        target=target,
         budget=Budget.read(max_kld=max_kld, max_ppl_increase=max_ppl_increase, max_size=max_size),
     )
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
-    target = check_target(Path(output), overwrite=overwrite)
+    folder = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
     seen = None if calibration is None else calibration.read_text()
     if seen is not None and text is not None:
@@ -143,7 +148,7 @@ def export_model(
     floats = plan.recipe.storage == FLOAT32
     with (
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
-        staged(target, overwrite=overwrite) as stage,
+        staged(folder, overwrite=overwrite) as stage,
     ):
         with build(plan, weights, stage, report, say) as built:
             manifest = write(plan, built, stage, report)
@@ -151,7 +156,7 @@ def export_model(
         run_once(stage, warn=say)
         report("verifying", 1, 1)
         if evaluate is not None and text is not None:
-            with _original(plan, stage, target, via, ignore_config, report) as original:
+            with _original(plan, stage, folder, via, ignore_config, report) as original:
                 quality = measure_quality(
                     stage,
                     original,
@@ -222,6 +227,7 @@ def _read(
         context=context,
         work_dir=None,
         scored=None,
+        target=request.target,
     )
 
 

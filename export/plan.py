@@ -55,6 +55,7 @@ class Plan:
     context: int
     work_dir: Path | None
     scored: str | None
+    target: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ def make_manifest(
         requires=(),
         min_onnxruntime=MIN_ONNXRUNTIME,
         name=(checkpoint.repo or checkpoint.path.resolve().name).rsplit("/", 1)[-1],
+        target=plan.target,
         source=Source(
             architecture=plan.model.architecture,
             repo=checkpoint.repo,

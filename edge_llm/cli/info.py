@@ -68,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "verified": arguments.verify,
             "manifest": dataclasses.asdict(bundle.manifest),
             "memory": memory,
+            "slow": bundle.slow,
             "machine": machine,
         }
         write(json.dumps(document) + "\n")
@@ -144,6 +145,8 @@ def _describe_model(bundle: Bundle) -> str:
         "with keys and values of their own",
         "vocabulary": f"{dims.vocab} tokens",
         "quantization": _describe_quantization(manifest),
+        "made for": manifest.target or "no particular processor",
+        "on this machine": bundle.slow or "fast kernels",
         "context": f"{dims.context} tokens",
         "tokens": f"BOS {'none' if tokens.bos is None else tokens.bos}"
         f"{' (put in front)' if tokens.add_bos else ''}, EOS {eos}, "

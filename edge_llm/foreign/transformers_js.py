@@ -11,7 +11,7 @@ from typing import Any
 from edge_llm.errors import ArgumentError, UnsupportedFormatError
 from edge_llm.foreign.found import Found, positive
 from edge_llm.huggingface.files import MULTIMODAL, read_json
-from edge_llm.runtime.device import cpu_features
+from edge_llm.runtime.kernels import slow_kernels
 
 __all__ = ["CONFIG", "find_graphs", "preference", "read_transformers_js"]
 
@@ -46,10 +46,8 @@ def preference(
         machine: The processor's kind, as :func:`platform.machine` calls it.
         features: Its instruction sets; by default this one's.
     """
-    features = cpu_features() if features is None else features
-    # ARM's 4-bit kernels need products of bytes: a Cortex-A72 computes in float32 instead. Only
-    # Linux tells the features; it says "aarch64", and others run on newer processors.
-    slow = machine == "aarch64" and "asimddp" not in features
+    # Without integer kernels 4 bits are multiplied in float32, and 8 bits are not.
+    slow = slow_kernels({(4, 4)}, machine=machine, features=features) is not None
     return (*_EIGHTS, "q4", *_OTHERS) if slow else ("q4", *_EIGHTS, *_OTHERS)
 
 

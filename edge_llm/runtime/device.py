@@ -29,7 +29,8 @@ SYS = Path("/sys")
 LIB = Path("/lib")
 
 # Instruction sets that decide which of ONNX Runtime's kernels run.
-FEATURES = ("avx2", "avx_vnni", "avx512_vnni", "avx512f", "asimddp", "i8mm", "sve")
+_X86 = ("sse4_2", "avx2", "avx_vnni", "avx512_vnni", "avx512f")
+FEATURES = (*_X86, "asimddp", "i8mm", "sve")
 
 
 def check_platform() -> None:

@@ -19,7 +19,7 @@ from edge_llm.runtime.session import import_onnxruntime
 from ..architectures.reading import check_layers
 from ..graph.decoder import GRAPH_FILE
 from ..graph.recorder import GraphRecorder
-from ..quantize.storage import Storage
+from ..quantize.storage import FLOAT32, Storage
 from .compare import compare
 from .initializers import Initializers
 from .interface import LAYOUT, read_state
@@ -114,7 +114,7 @@ class OptimumModel:
             compare(found, state, minimum=minimum)
             initializers = Initializers(model.graph, found.graph.parent)
             new = rewrite(model, initializers, storage=storage, vocab=self.vocab)
-            quantized = storage.block is not None
+            quantized = storage != FLOAT32
             if quantized and new.unrecognized:
                 warn(
                     f"{len(new.unrecognized)} matrices, such as {new.unrecognized[0]!r}, stay "

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..graph.linear import ACCURACY_LEVEL, BYTE, FLOAT
 from ..graph.recorder import GraphRecorder, TensorInfo
-from ..quantize.storage import RoundedMatrix, Storage, quantized_tensors
+from ..quantize.storage import FLOAT32, RoundedMatrix, Storage, quantized_tensors
 from .find import Lookup, Matrix, Product, find, scopes
 from .initializers import Initializers, StoredMatrix
 
@@ -58,7 +58,7 @@ def rewrite(
         vocab: Rows of a table that holds the vocabulary.
     """
     found = find(model.graph, initializers, vocab)
-    stored = found.stored if storage.block is not None else {}
+    stored = found.stored if storage != FLOAT32 else {}
     nodes, live = _live(model.graph, initializers, stored)
     same = initializers.distinct(name for name in initializers if name in live)
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))

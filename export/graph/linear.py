@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from edge_llm.errors import UnsupportedModelError
 
 from ..quantize.storage import (
+    CHANNELS,
+    FLOAT32,
     QuantizedMatrix,
     Storage,
     float_rows,
     quantized_tensors,
     transposed,
 )
+from .channels import ChannelWeight
 from .matrices import Matrix
 from .quantized import quantized_parts
 from .recorder import GraphRecorder, TensorInfo
@@ -58,13 +61,15 @@ def project(
         calibrated: Matrices that are quantized already, by name; the others are rounded.
     """
     name = constant_name(path)
-    if storage.block is None and name not in (calibrated or {}):
+    if storage == FLOAT32 and name not in (calibrated or {}):
         weight, (rows, columns) = f"{name}.weight", matrix.shape
         graph.defer([TensorInfo(weight, FLOAT, (columns, rows))], lambda: [[transposed(matrix)]])
         product = graph.op("MatMul", f"{path}/MatMul", [source, weight])
         if bias is None:
             return product
         return graph.op("Add", f"{path}/Add", [product, graph.constant(f"{name}.bias", bias)])
+    if storage == CHANNELS:
+        return ChannelWeight(graph, name, matrix, table=False).multiply(path, source, bias)
     parts = _parts(name, matrix, storage, calibrated)
     paths = _numbered(path, parts, "/")
     stops = np.cumsum([part.shape[0] for part in parts])
@@ -93,15 +98,19 @@ class Vocabulary:
         self._graph = graph
         self._columns = matrix.shape[1]
         self._weight = ""
-        self._parts: list[_QuantizedWeight] = []
-        if storage.block is None:
+        self._parts: Sequence[_QuantizedWeight | ChannelWeight] = ()
+        if storage == FLOAT32:
             self._weight = f"{name}.weight"
             info = TensorInfo(self._weight, FLOAT, matrix.shape)
             graph.defer([info], lambda: [float_rows(matrix)])
+        elif storage == CHANNELS:
+            self._parts = [ChannelWeight(graph, name, matrix, table=True)]
         else:
             parts = _parts(name, matrix, storage, calibrated)
-            for at, part in zip(_numbered(name, parts, "."), parts, strict=True):
-                self._parts.append(_QuantizedWeight(graph, at, part))
+            self._parts = [
+                _QuantizedWeight(graph, at, part)
+                for at, part in zip(_numbered(name, parts, "."), parts, strict=True)
+            ]
 
     def embed(self, tokens: str) -> str:
         """Rows of ``tokens`` int64 [batch, tokens]: float32 [batch, tokens, columns]."""

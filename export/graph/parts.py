@@ -15,7 +15,7 @@ from edge_llm.manifest import StateTensor
 
 from ..architectures.spec import DecoderSpec
 from ..checkpoint.weights import Weights
-from ..quantize.storage import Storage
+from ..quantize.storage import FLOAT32, Storage
 from .blocks import LayerBuilder
 from .decoder import (
     declare_lengths,
@@ -124,7 +124,7 @@ def build_layer(
         constant_name(path): Projection(name, matrix, added.get(path, ""))
         for path, name, matrix in layers.projections
     }
-    if storage.block is None:
+    if storage == FLOAT32:
         widths = {one.input: one.matrix.shape[1] for one in found.values()}
         widths |= {
             one.added: spec.hidden for one in found.values() if one.added not in ("", source)
@@ -139,7 +139,7 @@ def build_head(spec: DecoderSpec, weights: Weights) -> Part:
     graph = GraphRecorder(spec.architecture)
     source = graph.input("residual", np.float32, ["batch", "tokens", spec.hidden])
     declare_lengths(graph)
-    layers = LayerBuilder(graph, weights, spec, Storage(32, None), {})
+    layers = LayerBuilder(graph, weights, spec, FLOAT32, {})
     output = layers.norm(spec.names.final_norm, "/model/norm", source, scale=head_scale(spec))
     graph.output(output, np.float32, ["batch", "tokens", spec.hidden])
     if spec.tied:

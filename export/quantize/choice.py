@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edge_llm.errors import ArgumentError
 from edge_llm.manifest import Quantization, TensorQuantization
+from edge_llm.runtime.kernels import NO_DOT_PRODUCT
 
 from ..checkpoint.prequantized import Packing
 from ..choices import (
@@ -16,12 +17,13 @@ from ..choices import (
     DEFAULT_BLOCK,
     METHODS,
     QUANTIZATIONS,
+    TARGETS,
     VOCABULARIES,
 )
 from .budget import Budget
 from .calibration import Calibration
 from .mixing import CHOICES
-from .storage import FLOAT32, Storage
+from .storage import CHANNELS, FLOAT32, Storage
 
 __all__ = ["Recipe", "Request", "choose_recipe", "describe_storage"]
 
@@ -38,6 +40,7 @@ class Request:
         calibration: How GPTQ is done.
         work_dir: Where it keeps its results.
         budget: What a mix may weigh or lose.
+        target: The CPU: "x86", "arm64", "arm64-nodotprod", or None: any of the first two.
 
     Raises:
         ArgumentError: What no checkpoint can be stored as.
@@ -50,6 +53,7 @@ class Request:
     calibration: Calibration | None = None
     work_dir: object = None
     budget: Budget | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         domains = {
@@ -57,11 +61,15 @@ class Request:
             "block": BLOCKS,
             "method": METHODS,
             "vocabulary": VOCABULARIES,
+            "target": TARGETS,
         }
         for name, domain in domains.items():
             value = getattr(self, name)
             if value is not None and value not in domain:
                 raise ArgumentError(name, f"one of {', '.join(map(str, domain))}", value)
+        if self.channels:
+            said = ("block", "method", "vocabulary", "calibration", "work_dir", "budget")
+            self._refuse(f"with int8 for {self.target}, which has a scale per row", *said)
         if self.mixed:
             self._refuse("with a mix, which chooses by itself", "block", "vocabulary")
             if self.method == "rtn":
@@ -79,8 +87,15 @@ class Request:
             )
 
     @property
+    def channels(self) -> bool:
+        """Whether matrices get 8 bits with a scale per row, as the target multiplies no blocks."""
+        return self.target == NO_DOT_PRODUCT and self.quantize in (None, AUTO, "int8")
+
+    @property
     def mixed(self) -> bool:
         """Whether each matrix gets a storage of its own."""
+        if self.channels:
+            return False
         said = (self.block, self.method, self.vocabulary)
         return self.quantize == AUTO or (
             self.quantize is None and (self.budget is not None or not any(said))
@@ -130,6 +145,15 @@ def choose_recipe(request: Request, packing: Packing | None, *, layered: bool) -
     block = request.block or DEFAULT_BLOCK
     if packing is not None:
         return _packed_recipe(request, packing)
+    if request.channels:
+        if not layered:
+            raise ArgumentError(
+                "target",
+                "left out where optimum makes the graph, or with int4 or fp32",
+                request.target,
+                "Only the graph builder knows int8 with a scale per row.",
+            )
+        return Recipe(storage=CHANNELS, vocabulary=CHANNELS)
     if not layered:
         reason = "Only the graph builder knows a model layer by layer."
         _refuse_calibration(request, "where optimum makes the graph", reason)
@@ -158,6 +182,14 @@ def _packed_recipe(request: Request, packing: Packing) -> Recipe:
         raise ArgumentError("quantize", f"int{packing.bits} or fp32", request.quantize, remedy)
     if request.block not in (None, packing.block):
         raise ArgumentError("block", f"{packing.block} or left out", request.block, remedy)
+    if request.target == NO_DOT_PRODUCT and packing.bits == 8:
+        raise ArgumentError(
+            "target",
+            f"left out, or {NO_DOT_PRODUCT} with fp32",
+            NO_DOT_PRODUCT,
+            f"The checkpoint's integers ({packing}) have blocks, which such a CPU unpacks at every "
+            "step: export from the unquantized checkpoint that it was made from.",
+        )
     storage = Storage(packing.bits, request.block or DEFAULT_BLOCK)
     return Recipe(storage=storage, vocabulary=storage)
 

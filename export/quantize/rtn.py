@@ -1,6 +1,6 @@
-"""Symmetric round-to-nearest quantization with the signed maximum as the scale.
+"""Symmetric round-to-nearest quantization, in blocks or in whole rows.
 
-The weight of largest magnitude in a block is stored exactly: the scale is that weight divided by
+In a block the weight of largest magnitude is stored exactly: the scale is that weight divided by
 ``-2 ** (bits - 1)``, so all integers from 0 to ``2 ** bits - 1`` are used, whichever sign the
 largest weight has. This is the rule of llama.cpp's Q4_0.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .packing import blocks_of
 
-__all__ = ["dequantize_blocks", "quantize_rows"]
+__all__ = ["dequantize_blocks", "quantize_channels", "quantize_rows"]
 
 
 def quantize_rows(
@@ -42,6 +42,26 @@ def quantize_rows(
     scaled += np.float32(half)
     np.clip(scaled, 0, 2 * half - 1, out=scaled)
     return scaled.astype(np.uint8), scales
+
+
+def quantize_channels(
+    weights: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantize rows [n, columns] to 8 bits, each with one scale: ``weight = q * scale``.
+
+    Returns:
+        Integers, int8 [n, columns], and scales, float32 [n].
+    """
+    # -128 is left out: ARM's kernel adds two products of bytes in 16 bits, and twice -128 * -128
+    # does not fit.
+    scales = np.abs(weights).max(axis=1) / np.float32(127)
+    usable = scales >= np.finfo(np.float32).tiny
+    scales = np.where(usable, scales, np.float32(0))
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
+    scaled = weights * inverse[:, None]
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -127, 127, out=scaled)
+    return scaled.astype(np.int8), scales
 
 
 def dequantize_blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from ..graph.matrices import Matrix
 from .packing import Blocks, block_count, pack
-from .rtn import quantize_rows
+from .rtn import quantize_channels, quantize_rows
 
 __all__ = [
+    "CHANNELS",
     "FLOAT32",
     "QuantizedMatrix",
     "RoundedMatrix",
     "RowRange",
     "Storage",
+    "channel_tensors",
     "float_rows",
     "quantized_tensors",
     "transposed",
@@ -36,9 +38,10 @@ MOST_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """float32 (``bits`` 32, no block), or blocks of 4- or 8-bit integers with a float32 scale.
+    """float32 (``bits`` 32), or 4- or 8-bit integers that share float32 scales.
 
-    Blocks that are not ``symmetric`` have a zero point each.
+    Those of a ``block`` share one; where it is None those of a row do. Blocks that are not
+    ``symmetric`` have a zero point each.
     """
 
     bits: int
@@ -62,6 +65,7 @@ class Storage:
 
 
 FLOAT32 = Storage(32, None)
+CHANNELS = Storage(8, None)
 
 
 class QuantizedMatrix(Protocol):
@@ -148,21 +152,49 @@ def quantized_tensors(matrix: QuantizedMatrix) -> list[list[NDArray[Any]]]:
     packed = np.empty(storage.blob_shape(rows, columns), np.uint8)
     scales = np.empty(packed.shape[:2], np.float32)
     zero_points = np.empty(storage.zero_points_shape(rows, columns), np.uint8)
-    step = max(1, CHUNK_WEIGHTS // columns)
 
-    def store(start: int) -> None:
-        stop = min(start + step, rows)
+    def store(start: int, stop: int) -> None:
         blocks = matrix.blocks(start, stop)
         packed[start:stop] = pack(blocks.integers, storage.bits)
         scales[start:stop] = blocks.scales
         if not storage.symmetric:
             zero_points[start:stop] = _pack_rows(blocks.zero_points, storage.bits)
 
+    _by_rows(matrix.shape, store)
+    return [[packed], [scales], *([] if storage.symmetric else [[zero_points]])]
+
+
+def channel_tensors(matrix: Matrix, *, transposed: bool) -> list[list[NDArray[Any]]]:
+    """Round a matrix with a scale per row, a few rows at a time, several chunks at once.
+
+    Args:
+        matrix: float32 [rows, columns].
+        transposed: Give the integers as [columns, rows].
+
+    Returns:
+        Integers, int8 [rows, columns], and scales, float32 [rows], in the form of
+        :func:`quantized_tensors`.
+    """
+    rows, columns = matrix.shape
+    integers = np.empty((columns, rows) if transposed else (rows, columns), np.int8)
+    by_row = integers.T if transposed else integers
+    scales = np.empty(rows, np.float32)
+
+    def store(start: int, stop: int) -> None:
+        by_row[start:stop], scales[start:stop] = quantize_channels(matrix.read(start, stop))
+
+    _by_rows(matrix.shape, store)
+    return [[integers], [scales]]
+
+
+def _by_rows(shape: tuple[int, int], store: Callable[[int, int], None]) -> None:
+    """Call ``store`` with a start and a stop for all rows, on several threads."""
+    rows, columns = shape
+    step = max(1, CHUNK_WEIGHTS // columns)
     # numpy releases the interpreter lock inside its loops, so threads do run side by side.
     with ThreadPoolExecutor(_threads()) as pool:
-        for _ in pool.map(store, range(0, rows, step)):
+        for _ in pool.map(lambda at: store(at, min(at + step, rows)), range(0, rows, step)):
             pass
-    return [[packed], [scales], *([] if storage.symmetric else [[zero_points]])]
 
 
 def _pack_rows(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

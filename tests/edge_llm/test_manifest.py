@@ -164,7 +164,7 @@ def test_round_trip() -> None:
 
 
 QUALITY_EXTRAS = ("standard_error", "sha256", "tokens", "window", "stride")
-OPTIONAL = {("info",), ("decoder", "state", 0, "window")} | {
+OPTIONAL = {("info",), ("target",), ("decoder", "state", 0, "window")} | {
     ("quality", 0, name) for name in QUALITY_EXTRAS
 }
 
