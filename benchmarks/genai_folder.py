@@ -47,7 +47,13 @@ def ask_edge_llm(folder: Path, prompts: list[list[int]], max_tokens: int, thread
     """Answer each prompt in edge_llm."""
     with LLM(folder, context=len(prompts[0]) + max_tokens, threads=threads) as llm:
         answers = [
-            llm.generate(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0)
+            llm.generate(
+                prompt,
+                max_tokens=max_tokens,
+                min_tokens=max_tokens,
+                temperature=0.0,
+                speculation="off",
+            )
             for prompt in prompts
         ]
     assert all(answer.usage.reused_tokens == 0 for answer in answers)

@@ -42,6 +42,7 @@ class OwnDecoder:
         self.graph.check_state(state)
         self.cache = KVCache(state, rows=1, capacity=capacity)
         self.widest = min(capacity, WIDEST_STEP)
+        self.verifies = True
         self._vocab = manifest.dims.vocab
         self._tokens = np.zeros((1, 0), np.int64)
         self._query_lens = np.zeros(1, np.int32)
