@@ -31,6 +31,9 @@ CANDIDATES = 8
 # An edited copy goes on behind the edit: after so long a match one differing token is passed over.
 PASSED_OVER = 4
 
+# A source proves itself with a short draft before it gets long ones, which cost more if they fail.
+FIRST_WIDTH = 4
+
 
 class PromptLookup:
     """Guesses each next token of an answer; the guesses and their chances hang on tokens alone.
@@ -53,6 +56,7 @@ class PromptLookup:
         "_hits",
         "_latest",
         "_matched",
+        "_run",
         "_source",
         "_tokens",
         "_trials",
@@ -70,9 +74,15 @@ class PromptLookup:
             self._latest[pair] = end
         self._source: int | None = None  # where the token stands that is guessed next
         self._matched = 0
+        self._run = 0  # guesses of this source that came true
         self._hits = [chance * FIRST_WEIGHT for chance in FIRST_CHANCES]
         self._trials = [FIRST_WEIGHT] * len(FIRST_CHANCES)
         self.active = False
+
+    @property
+    def proven(self) -> int:
+        """Most tokens that a step should be trusted with: two more for each guess come true."""
+        return FIRST_WIDTH + 2 * self._run
 
     @property
     def chance(self) -> float:
@@ -99,6 +109,7 @@ class PromptLookup:
             assert source is not None
             self._source = source + 1
             self._matched += 1
+            self._run += 1
             self.active = self.active or self.chance >= WORTH_DRAFTING
         else:
             self._look_up(earlier)
@@ -118,7 +129,7 @@ class PromptLookup:
         """
         tokens, here = self._tokens, len(self._tokens)
         missed, run = self._source, self._matched
-        self._source, self._matched = None, 0
+        self._source, self._matched, self._run = None, 0, 0
         for _ in range(CANDIDATES):
             if not end:
                 break

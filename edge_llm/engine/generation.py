@@ -167,6 +167,7 @@ class Generation(Job):
         self._drafts = []
         if self._lookup is not None and self._lookup.active and self._drafting.costs.pays:
             most = self._drafting.most(slot, self._request.max_tokens - self._answered)
+            most = min(most, self._lookup.proven)
             width = self._drafting.costs.best(self._lookup.chance, most)
             self._drafts = self._lookup.draft(width - 1)
             self._drafted += width - 1

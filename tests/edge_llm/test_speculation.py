@@ -84,7 +84,8 @@ def test_which_tokens_are_drafted_does_not_hang_on_the_lengths_of_drafts(
     for token in answer:
         active.append(single.active)
         single.accept(token)
-    lookup, wide, choices = PromptLookup(prompt), [], itertools.cycle(widths)
+    lookup, choices = PromptLookup(prompt), itertools.cycle(widths)
+    wide: list[bool] = []
     while len(wide) < len(answer):
         draft = lookup.draft(next(choices) - 1) if lookup.active else []
         for guess in [*draft, None]:
@@ -214,26 +215,25 @@ def run(
 ) -> Iterator[object]:
     """Answer a prompt and give what is put."""
     drafting = changes.pop("drafting", None) or Drafting(KnownCosts(single=1.0), possible=True)
-    request = Request(
-        **{
-            "prompt": np.array(prompt, np.int64),
-            "max_tokens": 40,
-            "min_tokens": 0,
-            "sampling": Sampling(),
-            "seed": 1,
-            "stops": (),
-            "ending": frozenset(),
-            "lookup": True,
-            "logprobs": None,
-            "hook": None,
-            "cancel": None,
-            "timeout": None,
-            "progress": False,
-            "stream": False,
-        }
-        | changes
+    options: dict[str, Any] = {
+        "prompt": np.array(prompt, np.int64),
+        "max_tokens": 40,
+        "min_tokens": 0,
+        "sampling": Sampling(),
+        "seed": 1,
+        "stops": (),
+        "ending": frozenset(),
+        "lookup": True,
+        "logprobs": None,
+        "hook": None,
+        "cancel": None,
+        "timeout": None,
+        "progress": False,
+        "stream": False,
+    }
+    job = Generation(
+        Request(**options | changes), tokenizer, vocab=VOCAB, drafting=drafting, load_seconds=0.0
     )
-    job = Generation(request, tokenizer, vocab=VOCAB, drafting=drafting, load_seconds=0.0)
     planner = ChunkPlanner(fixed=64, widest=64, single_token=0.01)
     slot = Slot(cast("Decoder", decoder), planner)
     slot.clear()
@@ -350,7 +350,7 @@ def test_sampled_answers_keep_the_distribution(sampling: Sampling, tokenizer: To
     """Pearson's chi-squared test of the tokens at drafted places against the model's own."""
     rng = np.random.default_rng(3)
     table = rng.standard_normal((VOCAB, VOCAB)).astype(np.float32)
-    table[range(5), [1, 2, 3, 4, 0]] += 3.5
+    table[range(5), [1, 2, 3, 4, 0]] = 4.2
     logits = table.astype(np.float64) / sampling.temperature
     if sampling.top_k:
         logits[logits < np.sort(logits)[:, -sampling.top_k, None]] = -np.inf
@@ -369,8 +369,8 @@ def test_sampled_answers_keep_the_distribution(sampling: Sampling, tokenizer: To
         np.add.at(followed, (got[:-1], got[1:]), 1)
         drafted += usage.drafted_tokens
         accepted += usage.accepted_tokens
-    assert accepted > 300, "drafts were taken"
-    assert drafted > 2 * accepted, "and refused"
+    assert accepted > 200, "drafts were taken"
+    assert drafted > accepted + 200, "and refused"
     for row, chance in zip(followed[:5], chances[:5], strict=True):
         expected = chance * row.sum()
         seen = expected >= 5
