@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from edge_llm import LLM
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment, random_prompts
+from edge_llm.options import GenerateOptions
 from edge_llm.runtime.own_layout import OwnDecoder
 from edge_llm.runtime.session import import_onnxruntime
 from edge_llm_export import export_model
@@ -109,9 +110,19 @@ class BareLoop:
         return value
 
 
+def plain(max_tokens: int) -> GenerateOptions:
+    """Options of a greedy answer of this length, token by token."""
+    return {
+        "max_tokens": max_tokens,
+        "min_tokens": max_tokens,
+        "temperature": 0.0,
+        "speculation": "off",
+    }
+
+
 def generate(llm: LLM, prompt: list[int], max_tokens: int) -> Run:
     """The same through ``LLM.generate``."""
-    answer = llm.generate(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0)
+    answer = llm.generate(prompt, **plain(max_tokens))
     assert answer.usage.reused_tokens == 0
     assert answer.timings.per_token is not None
     return Run(answer.timings.prompt, answer.timings.per_token, answer.tokens)
@@ -120,7 +131,7 @@ def generate(llm: LLM, prompt: list[int], max_tokens: int) -> Run:
 def stream(llm: LLM, prompt: list[int], max_tokens: int) -> Run:
     """The same through ``LLM.stream``."""
     tokens: list[int] = []
-    for chunk in llm.stream(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0):
+    for chunk in llm.stream(prompt, **plain(max_tokens)):
         tokens += chunk.tokens
     assert chunk.timings is not None
     assert chunk.timings.per_token is not None

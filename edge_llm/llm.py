@@ -18,10 +18,12 @@ from edge_llm.builtin import BUNDLE, announce
 from edge_llm.bundle import Bundle
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
+from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.scheduler import Engine
 from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
+from edge_llm.engine.step_costs import StepCosts
 from edge_llm.errors import (
     ArgumentError,
     CancelledError,
@@ -135,9 +137,9 @@ class LLM:
             minimum=self.manifest.min_onnxruntime,
         )
         decoder = open_decoder(session, self.manifest, capacity=self.context)
-        planner = ChunkPlanner(
-            fixed=fixed, widest=decoder.widest, single_token=_single_token(decoder)
-        )
+        single = _single_token(decoder)
+        planner = ChunkPlanner(fixed=fixed, widest=decoder.widest, single_token=single)
+        self._drafting = Drafting(StepCosts(single=single), possible=decoder.verifies)
         self._engine = Engine(decoder, Slot(decoder, planner))
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self._finalizer = weakref.finalize(self, self._engine.close)
@@ -391,6 +393,7 @@ class LLM:
             request,
             self._tokenizer,
             vocab=self.manifest.dims.vocab,
+            drafting=self._drafting,
             load_seconds=self.load_seconds,
         )
 

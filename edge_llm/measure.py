@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_llm.errors import ArgumentError
 from edge_llm.llm import LLM
+from edge_llm.options import GenerateOptions
 from edge_llm.results import Chunk, Usage
 from edge_llm.runtime import device
 from edge_llm.runtime.session import import_onnxruntime
@@ -320,7 +321,13 @@ def _gaps(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[float], Ch
     """
     started = time.perf_counter()
     arrivals = []
-    for chunk in llm.stream(prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0):
+    options: GenerateOptions = {
+        "max_tokens": max_tokens,
+        "min_tokens": max_tokens,
+        "temperature": 0.0,
+        "speculation": "off",
+    }
+    for chunk in llm.stream(prompt, **options):
         arrivals.append((time.perf_counter(), len(chunk.tokens)))
     assert chunk.timings is not None
     assert chunk.timings.first_token is not None

@@ -22,11 +22,15 @@ class Usage:
         prompt_tokens: Tokens of the prompt.
         reused_tokens: How many of them were still in the cache and were not computed again.
         completion_tokens: Tokens of the answer, an ending token included.
+        drafted_tokens: Guesses at the answer's tokens that were computed along with it.
+        accepted_tokens: How many of them came true: so many steps were saved.
     """
 
     prompt_tokens: int
     reused_tokens: int
     completion_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -36,7 +36,11 @@ class EdgeEngine:
         """See :class:`~benchmarks.engines.engine.Engine`."""
         self._llm.generate([(prompt[0] + 1) % self._llm.manifest.dims.vocab], max_tokens=1)
         answer = self._llm.generate(
-            prompt, max_tokens=max_tokens, min_tokens=max_tokens, temperature=0.0
+            prompt,
+            max_tokens=max_tokens,
+            min_tokens=max_tokens,
+            temperature=0.0,
+            speculation="off",
         )
         assert answer.usage.reused_tokens == 0  # the request in front of it emptied the cache
         first = answer.timings.first_token

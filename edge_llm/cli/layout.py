@@ -149,6 +149,8 @@ def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:
     answer = [f"answer {usage.completion_tokens} tokens ({reason})"]
     if timings.per_token:
         answer.append(f"{1 / timings.per_token:.1f} tok/s, {timings.per_token * 1e3:.1f} ms each")
+    if usage.drafted_tokens:
+        answer.append(f"{usage.accepted_tokens} of {usage.drafted_tokens} drafted accepted")
     answer.append(f"loaded in {timings.load:.2f} s")
     return "\n".join([" · ".join(parts), " · ".join(answer)])
 

@@ -82,6 +82,11 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     for name, kind, metavar, text in _GENERATE:
         group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
     group.add_argument(
+        "--speculation",
+        choices=("lookup", "off"),
+        help="guess tokens from what stands before them, where that is faster (default: lookup)",
+    )
+    group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text (may be repeated)"
     )
 
@@ -96,7 +101,7 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
 
 def generate_options(arguments: argparse.Namespace) -> GenerateOptions:
     """The options that were given."""
-    names = [name for name, *_ in _GENERATE] + ["stop", "logprobs"]
+    names = [name for name, *_ in _GENERATE] + ["speculation", "stop", "logprobs"]
     given = {name: getattr(arguments, name, None) for name in names}
     return cast(
         "GenerateOptions", {name: value for name, value in given.items() if value is not None}

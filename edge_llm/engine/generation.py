@@ -17,12 +17,14 @@ from edge_llm.decoding.sampling import (
     TokenLogprob,
     token_logprobs,
 )
+from edge_llm.decoding.speculation import PromptLookup
 from edge_llm.decoding.stops import StopMatcher
 from edge_llm.engine.job import Job
 from edge_llm.results import Chunk, FinishReason, Timings, Usage
 from edge_llm.text.streaming import Detokenizer
 
 if TYPE_CHECKING:
+    from edge_llm.engine.drafting import Drafting
     from edge_llm.engine.slot import Slot
     from edge_llm.text.tokenizer import Tokenizer
 
@@ -41,6 +43,7 @@ class Request:
         seed: Of the random generator; None draws one from the system.
         stops: Strings that end the answer.
         ending: Tokens that end the answer.
+        lookup: Whether to draft tokens from what stands in front of them.
         logprobs: Alternatives to report per token; None reports nothing.
         hook: The user's function on the logits.
         cancel: Ends the request when it is set.
@@ -56,6 +59,7 @@ class Request:
     seed: int | None
     stops: tuple[str, ...]
     ending: frozenset[int]
+    lookup: bool
     logprobs: int | None
     hook: LogitsHook | None
     cancel: threading.Event | None
@@ -90,10 +94,25 @@ class Generation(Job):
     Puts :class:`PromptProgress` where it was asked for, and parts that :meth:`chunk` turns into
     :class:`Chunk`. Tokens become text on the caller's thread, while the engine computes the next
     one; only stop strings need the text between two steps.
+
+    Behind the prompt, :meth:`wanted` says what to feed next, and :meth:`consume` takes the logits.
+
+    Args:
+        request: What is asked for.
+        tokenizer: Makes text of tokens.
+        vocab: Width of the logits.
+        drafting: Verifies drafts; None where the graph cannot.
+        load_seconds: What loading the model took.
     """
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer, *, vocab: int, load_seconds: float
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        *,
+        vocab: int,
+        drafting: Drafting,
+        load_seconds: float,
     ) -> None:
         super().__init__(cancel=request.cancel, timeout=request.timeout)
         self._request = request
@@ -104,6 +123,14 @@ class Generation(Job):
             rng=np.random.default_rng(request.seed),
             hook=request.hook,
         )
+        self._drafting = drafting
+        self._lookup = None
+        if request.lookup and drafting.possible:
+            self._lookup = PromptLookup(request.prompt.tolist())
+        self._last = int(request.prompt[-1])
+        self._drafts: list[int] = []
+        self._reason: FinishReason | None = None
+        self._drafted = self._accepted = 0
         self._forbidden = tuple(request.ending)
         self._writer = _Writer(tokenizer, request)
         self._load_seconds = load_seconds
@@ -124,16 +151,49 @@ class Generation(Job):
         if logits is None:
             self._end(self.ended() or "cancelled")
             return
+        rows = logits[None]
         while True:
-            token = self._choose(logits)
-            reason = self._take(token) or self.ended()
-            if reason:
-                self._end(reason)
+            slot.drop(self.consume(rows))
+            if self._reason:
+                self._end(self._reason)
                 return
             if self._request.stream:
                 self.put(self._part)
                 self._part = _Part([], [], "" if self._request.stops else None)
-            logits = slot.feed((token,), scored=1)[0]
+            rows = self._drafting.feed(slot, self.wanted(slot))
+
+    def wanted(self, slot: Slot) -> list[int]:
+        """The tokens to feed next, of which all are scored: the last one, and drafts behind it."""
+        self._drafts = []
+        if self._lookup is not None and self._lookup.active and self._drafting.costs.pays:
+            most = self._drafting.most(slot, self._request.max_tokens - self._answered)
+            most = min(most, self._lookup.proven)
+            width = self._drafting.costs.best(self._lookup.chance, most)
+            self._drafts = self._lookup.draft(width - 1)
+            self._drafted += width - 1
+        return [self._last, *self._drafts]
+
+    def consume(self, logits: NDArray[np.float32]) -> int:
+        """Take tokens up to the first one that was not drafted, or that ends the answer.
+
+        To draw from the model's distribution p, and to go on where the draw is the draft's token t,
+        is speculative sampling (Leviathan et al. 2023, arXiv:2211.17192) with a draft that is
+        certain: t is accepted with probability p(t), and else the token comes from p without t.
+        Each token takes one draw as in plain decoding, so that a seed gives the same text.
+
+        Args:
+            logits: float32 [wanted tokens, vocab], behind each of them.
+
+        Returns:
+            How many of the fed tokens to drop from the cache.
+        """
+        for taken, row in enumerate(logits):
+            self._last = self._choose(row)
+            self._reason = self._take(self._last) or self.ended()
+            if self._reason or self._drafts[taken : taken + 1] != [self._last]:
+                break
+        self._accepted += taken
+        return len(self._drafts) - taken
 
     def interrupted(self) -> None:
         """A step was ended in the middle because the request was to end."""
@@ -179,6 +239,8 @@ class Generation(Job):
         """Add a token to the answer; the reason if it is the last."""
         self._clock.token()
         self._sampler.accept(token)
+        if self._lookup is not None:
+            self._lookup.accept(token)
         self._answered += 1
         self._part.tokens.append(token)
         if token in self._request.ending:
@@ -200,6 +262,8 @@ class Generation(Job):
                     prompt_tokens=len(self._request.prompt),
                     reused_tokens=self._reused,
                     completion_tokens=self._answered,
+                    drafted_tokens=self._drafted,
+                    accepted_tokens=self._accepted,
                 ),
                 timings=self._clock.timings(self._load_seconds, self._answered),
             )

@@ -33,6 +33,18 @@ class Slot:
         """Tokens in the cache."""
         return int(self._decoder.cache.lengths[0])
 
+    @property
+    def room(self) -> int:
+        """Tokens that can be appended and all be dropped again."""
+        return self._decoder.cache.room(0)
+
+    def drop(self, count: int) -> None:
+        """Take back the last ``count`` tokens, of which there was :attr:`room` before them."""
+        if count:
+            length = self.length - count
+            left = self._decoder.cache.truncate(0, length)
+            assert left == length
+
     def rewind(self, prompt: NDArray[np.int64]) -> int:
         """Keep the longest common prefix of the cache and ``prompt``, drop the rest.
 

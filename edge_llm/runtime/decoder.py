@@ -40,6 +40,9 @@ class StateCache(Protocol):
             What is left: ``length``, or 0 where something in front of it is no longer there.
         """
 
+    def room(self, row: int) -> int:
+        """Tokens that a row can be given so that all of them can be taken back."""
+
 
 class Decoder(Protocol):
     """Feeds tokens to a graph and gives logits, in buffers that are allocated once."""
@@ -51,6 +54,10 @@ class Decoder(Protocol):
     @property
     def widest(self) -> int:
         """Most tokens of a step whose buffers stay small; wider ones are served all the same."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether one run of the graph scores several tokens behind others."""
 
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int

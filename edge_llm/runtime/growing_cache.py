@@ -69,6 +69,10 @@ class GrowingCache:
     def abandon(self, row: int, count: int) -> None:
         """A step was ended in the middle; the side that it read is whole."""
 
+    def room(self, row: int) -> int:
+        """Tokens that the sequence can be given so that all of them can be taken back."""
+        return self.capacity - int(self.lengths[row])
+
     def truncate(self, row: int, length: int) -> int:
         """Forget what the sequence holds from ``length`` on; gives ``length``."""
         held = int(self.lengths[row])

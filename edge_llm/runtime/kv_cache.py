@@ -81,6 +81,15 @@ class KVCache:
         self.lengths[row] = length
         return length
 
+    def room(self, row: int) -> int:
+        """Tokens that a row can be given so that all of them can be taken back."""
+        length = int(self.lengths[row])
+        full = self.capacity
+        for capacity, window in self._windows:
+            block = capacity - window + 1
+            full = min(full, capacity + block * max(0, -((capacity - length) // block)))
+        return full - length
+
     def shortest(self, length: int) -> int:
         """The length, besides 0, below which a row of ``length`` tokens cannot be rolled back.
 

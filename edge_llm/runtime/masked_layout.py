@@ -103,6 +103,11 @@ class MaskedDecoder:
             return self._step_in_parts(np.asarray(tokens), past, scored)
         return self._feed(tokens, past, scored)
 
+    @property
+    def verifies(self) -> bool:
+        """See :class:`~edge_llm.runtime.decoder.Decoder`."""
+        return self._together and not self._last_only
+
     def interrupt(self) -> None:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
         self.graph.interrupt()

@@ -47,13 +47,13 @@ class OwnDecoder:
         self.graph.check_state(state)
         self.cache = KVCache(state, rows=rows, capacity=capacity)
         self.widest = min(capacity, WIDEST_STEP)
+        self.verifies = True
         self._vocab = manifest.dims.vocab
         self._tokens = np.zeros((0, 0), np.int64)
         self._query_lens = np.zeros(rows, np.int32)
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._index = np.zeros(0, np.int64)
-        self._logits = np.zeros((rows, self._vocab), np.float32)
         self._bound: tuple[list[int], list[int]] = ([], [])
         for name in ("query_lens", "seqlens_k"):
             self.graph.check(name, dtypes=("int32",), shape=(rows,))
@@ -61,6 +61,7 @@ class OwnDecoder:
         self.graph.check("input_ids", dtypes=("int64",), shape=(None, None))
         self.graph.check("logits_index", dtypes=("int64",), shape=(None,))
         self.graph.check("logits", dtypes=("float32",), shape=(None, self._vocab))
+        self._logits = np.zeros((rows, self._vocab), np.float32)
         self.graph.check_inputs({*_INPUTS, *(one.input for one in state)})
         self.graph.bind("total_sequence_length", self._total)
 

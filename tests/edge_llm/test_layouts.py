@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import threading
 import tracemalloc
@@ -326,6 +327,7 @@ def test_a_step_leaves_nothing_behind(open_graph: OpenGraph) -> None:
     try:
         for token in range(40):
             decoder.step([token], scored=1)
+            gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()

@@ -101,6 +101,7 @@ class Stub:
         self._reused = reused
 
     def stream(self, prompt: list[int], **options: object) -> Any:
+        assert options.pop("speculation") == "off"  # what is measured is a step over one token
         assert options == {"max_tokens": 5, "min_tokens": 5, "temperature": 0.0}
         usage = Usage(prompt_tokens=3, reused_tokens=self._reused, completion_tokens=5)
         timings = Timings(load=0, queued=0, prompt=5, first_token=5, per_token=0.25, total=9)
