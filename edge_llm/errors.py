@@ -23,6 +23,7 @@
         └── VerificationError                   the written bundle did not behave as it must
 
     EdgeLLMWarning (also a UserWarning)
+    ├── CacheWarning                            a cache cannot be written, so nothing is kept there
     └── TelemetryWarning                        onnxruntime was imported with its telemetry on
 """
 
@@ -34,6 +35,7 @@ __all__ = [
     "ArgumentError",
     "BundleError",
     "BundleNotFoundError",
+    "CacheWarning",
     "CancelledError",
     "ChatTemplateError",
     "CheckpointError",
@@ -189,6 +191,10 @@ class VerificationError(ExportError):
 
 class EdgeLLMWarning(UserWarning):
     """Base of the warnings that edge_llm gives."""
+
+
+class CacheWarning(EdgeLLMWarning):
+    """A cache's folder cannot be read or written; work goes on without it."""
 
 
 class TelemetryWarning(EdgeLLMWarning):

@@ -29,6 +29,7 @@ LAYERS = {
     "schema": 1,
     "manifest": 2,
     "builtin": 3,
+    "caching": 3,
     "decoding": 3,
     "huggingface": 3,
     "results": 3,
