@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from shapes import SHAPES, make_checkpoint
 
 from edge_llm import LLM, Bundle
 from edge_llm.cli.layout import table
@@ -31,7 +31,7 @@ from edge_llm.compiled import compiled_graph
 from edge_llm.memory import estimate_memory
 from edge_llm.runtime import device
 from edge_llm.runtime.layouts import open_decoder
-from edge_llm.runtime.session import open_session
+from edge_llm.runtime.session import import_onnxruntime, open_session
 from edge_llm.text.tokenizer import Tokenizer
 
 CHUNK = 512
@@ -40,7 +40,7 @@ CHUNK = 512
 def main() -> None:
     """Measure and report; with --terms or --sum be one of the measured processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m"], choices=sorted(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m"])
     parser.add_argument("--quantize", default="int4", choices=["int4", "int8", "fp32"])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--work-dir", type=Path, help="where to make bundles and keep them")
@@ -74,7 +74,8 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
                 )
                 options += ["--cache-dir", str(cache)]
             terms, whole = (child([one, str(folder), *options]) for one in ("--terms", "--sum"))
-            predicted, measured = terms["predicted"], terms["measured"] | whole["measured"]
+            predicted = terms["predicted"]
+            measured = {**terms["measured"], "total": whole["total"]}
             rows = [(f"{shape}{', compiled' if compiled else ''}", "predicted", "measured", "")]
             for name, size in predicted.items():
                 found = measured[name]
@@ -99,19 +100,20 @@ def make_bundle(shape: str, quantize: str, work: Path) -> Path:
     """A bundle of random weights; what is there already is kept."""
     folder = work / f"{shape}-{quantize}"
     if not folder.is_dir():
-        from edge_llm_export import export_model
+        from edge_llm_export import export_model  # which a measured process must not import
 
-        make_checkpoint(SHAPES[shape], work / shape)
+        shapes = Path(__file__).with_name("shapes.py")
+        subprocess.run([sys.executable, shapes, shape, work / shape], check=True)
         block = 128 if quantize == "int4" else None
         export_model(work / shape, folder, quantize=quantize, block=block)
     return folder
 
 
-def child(options: list[str]) -> dict[str, dict[str, int]]:
+def child(options: list[str]) -> dict[str, Any]:
     """What a process of its own measures."""
     command = [sys.executable, __file__, *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -121,31 +123,35 @@ def measure_terms(folder: Path, cache_dir: Path | None, context: int) -> dict[st
     manifest, tokens = bundle.manifest, bundle.manifest.tokens
     compiled = compiled_graph(bundle, cache_dir=cache_dir, threads=1, verify=False)
     assert (compiled is None) == (cache_dir is None)
+    import_onnxruntime()
+    device.release_memory()
+    start = _anonymous()
+    graph = bundle.file(manifest.decoder.graph)
+    session = open_session(graph, compiled=compiled, threads=1, minimum=manifest.min_onnxruntime)
+    weights = _anonymous() - start
+    # Behind the session, or its graph would lie in what reading the tokenizer has freed.
     tokenizer = Tokenizer.from_file(
         bundle.file(manifest.tokenizer), bos=tokens.bos, eos=tokens.eos, add_bos=tokens.add_bos
     )
     device.release_memory()
     start = _anonymous()
-    graph = bundle.file(manifest.decoder.graph)
-    session = open_session(graph, compiled=compiled, threads=1, minimum=manifest.min_onnxruntime)
-    loaded = _anonymous()
     decoder = open_decoder(session, manifest, capacity=context)
     buffers = list(decoder.cache.buffers.values())  # type: ignore[attr-defined]
     rng = np.random.default_rng(0)
     for left in range(context, 0, -CHUNK):
         decoder.step(rng.integers(manifest.dims.vocab, size=min(CHUNK, left)), scored=1)
     kv = sum(map(_resident, buffers))
-    end = _anonymous()
+    scratch = _anonymous() - start - kv
     mapped = device.mapped_memory((compiled or graph).parent)
     total = device.resident_memory()["total"]
     assert mapped is not None
     assert tokenizer.vocab_size
     measured = {
         "weights_file": mapped,
-        "weights_anonymous": loaded - start,
+        "weights_anonymous": weights,
         "kv": kv,
-        "scratch": end - loaded - kv,
-        "runtime": total - mapped - (end - start),
+        "scratch": scratch,
+        "runtime": total - mapped - weights - kv - scratch,
     }
     estimate = estimate_memory(bundle, context=context, compiled=compiled)
     predicted = dataclasses.asdict(estimate) | {"total": estimate.total}
@@ -159,7 +165,7 @@ def measure_sum(folder: Path, cache_dir: Path | None, context: int) -> dict[str,
         prompt = np.random.default_rng(0).integers(llm.manifest.dims.vocab, size=context - 1)
         llm.generate(prompt.tolist(), max_tokens=1)
         return {
-            "measured": {"total": device.resident_memory()["total"]},
+            "total": device.resident_memory()["total"],
             "load": llm.load_seconds,
             "anonymous": anonymous,
             "peak": device.peak_memory(),

@@ -20,6 +20,7 @@ from edge_llm.runtime.kv_cache import state_bytes
 
 if TYPE_CHECKING:
     from edge_llm.bundle import Bundle
+    from edge_llm.manifest import Dims
 
 __all__ = ["MemoryEstimate", "estimate_memory", "fitting_context", "parse_bytes"]
 
@@ -34,15 +35,18 @@ _PACKED_INPUT = {
 # Beside its bits, MatMulNBits packs a float32 scale and a float32 sum of each block.
 _BLOCK_BYTES = 8
 
-# Measured, see benchmarks/memory.py: ONNX Runtime's graph, kernels and thread pool, ...
-GRAPH_BYTES = 4_600_000
+# Measured, see benchmarks/memory.py: ONNX Runtime's session without weights and its nodes, ...
+SESSION_BYTES = 1_300_000
+NODE_BYTES = 12_300
 # ... the interpreter, numpy, edge_llm and onnxruntime, code and data, and what the tokenizers
 # library holds of a token.
-PYTHON_BYTES = 66_000_000
+PYTHON_BYTES = 73_000_000
 TOKEN_BYTES = 268
-# Of the widest matrix's output, as often a chunk's activations are held at once: the output, its
-# two halves, their product, what the layers hand on, and the arena's gaps.
-ACTIVATIONS = 3.65
+# A step's activations, in float32 numbers a token: so many times the widest matrix's output (of the
+# gate and up projections; then its halves, their product), and so many times the widths of a
+# layer's other values. What ONNX Runtime's arena wastes is in it.
+WIDEST_TIMES = 3.5
+OTHERS_TIMES = 3.9
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -96,13 +100,13 @@ def estimate_memory(
     manifest = bundle.manifest
     graph = read_onnx(bundle.file(manifest.decoder.graph))
     mapped, inline, packed = _weights(graph)
+    session = SESSION_BYTES + NODE_BYTES * len(graph.nodes)
     step = min(context, prefill_chunk or WIDEST_STEP)
-    row = 4 * max(_widths(graph, manifest.dims.vocab), default=manifest.dims.hidden or 0)
     return MemoryEstimate(
         weights_file=mapped + (packed if compiled else 0),
-        weights_anonymous=inline + GRAPH_BYTES + (0 if compiled else packed),
+        weights_anonymous=inline + session + (0 if compiled else packed),
         kv=state_bytes(manifest.decoder.state, rows=1, capacity=context),
-        scratch=int(ACTIVATIONS * step * row) + 4 * manifest.dims.vocab,
+        scratch=4 * (step * _activations(graph, manifest.dims) + manifest.dims.vocab),
         runtime=PYTHON_BYTES + TOKEN_BYTES * manifest.dims.vocab,
     )
 
@@ -196,14 +200,19 @@ def _packed_bytes(tensor: Tensor, node: Node) -> int:
     return tensor.nbytes + _BLOCK_BYTES * blocks
 
 
-def _widths(graph: OnnxModel, vocab: int) -> list[int]:
-    """Widths of the outputs of a graph's matrices, the head's left out."""
+def _activations(graph: OnnxModel, dims: Dims) -> int:
+    """Numbers of a token that a step holds at once."""
     shapes = {tensor.name: tensor.shape for tensor in graph.tensors}
-    widths = []
+    hidden = dims.hidden or 0
+    widest = hidden
     for node in graph.nodes:
         shape = shapes.get(node.inputs[1], ()) if len(node.inputs) > 1 else ()
+        width = 0
         if node.operator == "MatMulNBits":
-            widths.append(node.integers["N"])
+            width = node.integers["N"]
         elif node.operator in _PACKED_INPUT and len(shape) == 2:
-            widths.append(shape[0 if node.integers.get("transB") else 1])
-    return [width for width in widths if width != vocab]
+            width = shape[0 if node.integers.get("transB") else 1]
+        if width != dims.vocab:  # the head's is one row, and bound
+            widest = max(widest, width)
+    attention = ((dims.heads or dims.kv_heads) + 2 * dims.kv_heads) * dims.head_dim
+    return int(WIDEST_TIMES * widest + OTHERS_TIMES * (hidden + attention))

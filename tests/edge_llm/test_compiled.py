@@ -41,7 +41,7 @@ def logits(bundle: Path, **options: Any) -> np.ndarray:
     return np.concatenate([whole, *steps])
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
     "gemma2": {"model_type": "gemma2"},
@@ -254,7 +254,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_trusted_wrongly(
 ) -> None:
     bundle, plain = Bundle.open(tiny_bundle), logits(tiny_bundle)
     models, rng = CompiledModels(tmp_path / "compiled"), random.Random(0)
-    for _ in range(5):
+    for _ in range(8):
         child = worker(tiny_bundle, tmp_path, 10**9)
         time.sleep(rng.uniform(0, 0.3))
         child.kill()
