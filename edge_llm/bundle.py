@@ -18,13 +18,15 @@ from edge_llm.errors import (
 )
 from edge_llm.foreign.external_data import check_external_data, check_link
 from edge_llm.foreign.onnx_file import OnnxModel, read_onnx
-from edge_llm.manifest import MANIFEST_NAME, Manifest
+from edge_llm.manifest import MANIFEST_NAME, FileEntry, Manifest
 from edge_llm.runtime.kernels import BlockProduct, block_products, slow_kernels
 
 __all__ = ["Bundle", "sha256_file"]
 
 # A model of a thousand layers has a manifest of half a megabyte.
 MANIFEST_BYTES = 16 << 20
+
+_COPY_AGAIN = "Copy the bundle again, or export it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ class Bundle:
         if variant is not None:
             raise ArgumentError("variant", "left out with a bundle: it has one graph", variant)
         bundle = cls(folder, Manifest.from_json(text))
-        bundle._check_files(verify=verify, on_file=on_file)
+        bundle._check_sizes()
+        if verify:
+            bundle.verify(on_file=on_file)
         return replace(bundle, products=block_products(bundle._check_graph().nodes))
 
     @classmethod
@@ -148,6 +152,12 @@ class Bundle:
         """Why this CPU has no fast kernels for it, and what to do; None where it has."""
         return slow_kernels(self.products, target=self.manifest.target)
 
+    @property
+    def model_files(self) -> dict[str, FileEntry]:
+        """The listed files that are the model itself: its graph and weights, by name."""
+        texts = {self.manifest.tokenizer, *self.manifest.chat.templates.values()}
+        return {name: one for name, one in self.manifest.files.items() if name not in texts}
+
     def _check_graph(self) -> OnnxModel:
         """Refuse a graph that would read what is no part of the bundle."""
         name = self.manifest.decoder.graph
@@ -162,30 +172,38 @@ class Bundle:
             if str(above / data) not in self.manifest.files:
                 raise IntegrityError(
                     f"{name} needs {data!r}, which {MANIFEST_NAME} does not list.",
-                    "Copy the bundle again, or export it again.",
+                    _COPY_AGAIN,
                 )
         return model
 
-    def _check_files(self, *, verify: bool, on_file: Callable[[str], None] | None) -> None:
-        remedy = "Copy the bundle again, or export it again."
+    def verify(self, *, on_file: Callable[[str], None] | None = None) -> None:
+        """Compare every file's SHA-256; reads the whole bundle.
+
+        Args:
+            on_file: Called with each file's name before it is hashed.
+
+        Raises:
+            IntegrityError: A file is altered.
+        """
+        for name, entry in self.manifest.files.items():
+            if on_file:
+                on_file(name)
+            if sha256_file(self.path / name) != entry.sha256:
+                raise IntegrityError(
+                    f"The bundle's file {name!r} is altered: its SHA-256 is not the manifest's.",
+                    _COPY_AGAIN,
+                )
+
+    def _check_sizes(self) -> None:
         for name, entry in self.manifest.files.items():
             size = self._size(name)
             if size is None:
-                raise IntegrityError(f"The bundle's file {name!r} is missing.", remedy)
+                raise IntegrityError(f"The bundle's file {name!r} is missing.", _COPY_AGAIN)
             if size != entry.size:
                 raise IntegrityError(
                     f"The bundle's file {name!r} has {size} bytes; it must have {entry.size}.",
-                    remedy,
+                    _COPY_AGAIN,
                 )
-            if verify:
-                if on_file:
-                    on_file(name)
-                if sha256_file(self.path / name) != entry.sha256:
-                    raise IntegrityError(
-                        f"The bundle's file {name!r} is altered: its SHA-256 is not the "
-                        "manifest's.",
-                        remedy,
-                    )
 
     def _size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none.
@@ -202,7 +220,7 @@ class Bundle:
         except OSError as error:
             raise IntegrityError(
                 f"The bundle's file {name[:80]!r} cannot be looked at: {error.strerror}.",
-                "Copy the bundle again, or export it again.",
+                _COPY_AGAIN,
             ) from error
 
 

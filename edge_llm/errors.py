@@ -4,7 +4,8 @@
 
     EdgeLLMError
     ├── ArgumentError (also a ValueError)       an argument is outside its domain
-    │   └── ContextLengthError                  the request needs more tokens than the context holds
+    │   ├── ContextLengthError                  the request needs more tokens than the context holds
+    │   └── MemoryLimitError                    the model needs more memory than it may take
     ├── BundleError                             a bundle cannot be used
     │   ├── BundleNotFoundError (also a FileNotFoundError)
     │   ├── ManifestError                       manifest.json is not what the format says
@@ -23,6 +24,7 @@
         └── VerificationError                   the written bundle did not behave as it must
 
     EdgeLLMWarning (also a UserWarning)
+    ├── CacheWarning                            a cache cannot be written, so nothing is kept there
     ├── SlowKernelWarning                       this CPU has no fast kernels for the weights
     └── TelemetryWarning                        onnxruntime was imported with its telemetry on
 """
@@ -30,11 +32,16 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "ArgumentError",
     "BundleError",
     "BundleNotFoundError",
+    "CacheWarning",
     "CancelledError",
     "ChatTemplateError",
     "CheckpointError",
@@ -47,6 +54,7 @@ __all__ = [
     "ForkError",
     "IntegrityError",
     "ManifestError",
+    "MemoryLimitError",
     "PlatformError",
     "RuntimeFailure",
     "SlowKernelWarning",
@@ -119,6 +127,34 @@ class ContextLengthError(ArgumentError):
         self.max_tokens = max_tokens
         self.context = context
         self.over = over
+
+
+class MemoryLimitError(ArgumentError):
+    """The model needs more memory than it may take.
+
+    Args:
+        limit: Bytes that it may take.
+        context: Tokens of the context that was tried, the shortest that would do.
+        terms: Bytes that it needs for that, by what for.
+    """
+
+    def __init__(self, limit: int, context: int, terms: Mapping[str, int]) -> None:
+        needed = sum(terms.values())
+        parts = " + ".join(
+            f"{name.replace('_', ' ')} {size / 1e6:,.1f}" for name, size in terms.items()
+        )
+        super().__init__(
+            "memory_limit",
+            f"at least {needed} bytes for a context of {context} tokens",
+            limit,
+            f"In MB: {parts} = {needed / 1e6:,.1f}. Allow more, ask for a smaller context, or take "
+            "a smaller model.",
+        )
+        self.args = (limit, context, terms)
+        self.limit = limit
+        self.context = context
+        self.terms = terms
+        self.needed = needed
 
 
 class BundleError(EdgeLLMError):
@@ -195,6 +231,10 @@ class EdgeLLMWarning(UserWarning):
 
 class SlowKernelWarning(EdgeLLMWarning):
     """This CPU has no fast kernels for the model's weights."""
+
+
+class CacheWarning(EdgeLLMWarning):
+    """A cache's folder cannot be read or written; work goes on without it."""
 
 
 class TelemetryWarning(EdgeLLMWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
 from edge_llm.bundle import Bundle
+from edge_llm.compiled import compiled_graph
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
 from edge_llm.engine.drafting import Drafting
@@ -33,6 +35,7 @@ from edge_llm.errors import (
     SlowKernelWarning,
 )
 from edge_llm.manifest import Manifest
+from edge_llm.memory import MemoryEstimate, estimate_memory, fitting_context, parse_bytes
 from edge_llm.options import (
     GenerateOptions,
     build_request,
@@ -42,8 +45,9 @@ from edge_llm.options import (
 )
 from edge_llm.results import Chunk, Completion, Score
 from edge_llm.runtime.decoder import Decoder
+from edge_llm.runtime.device import release_memory
 from edge_llm.runtime.layouts import open_decoder
-from edge_llm.runtime.session import create_session, resolve_threads
+from edge_llm.runtime.session import open_session, resolve_threads
 from edge_llm.text.chat import (
     ChatTemplate,
     Message,
@@ -77,6 +81,12 @@ class LLM:
             most 4,096. The key/value cache is allocated for it.
         threads: Threads to compute with; by default one per core that this process may use.
         prefill_chunk: Tokens of a prompt to feed at once; by default as many as take about 150 ms.
+        cache_dir: Compile the weights into this folder (see :mod:`edge_llm.compiled`), which later
+            processes then map. Without it nothing is written; what ``edge-llm compile`` has
+            compiled is used all the same.
+        memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
+            model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
+            ``context``, the longest that fits is taken.
         verify: Compare every file's SHA-256 first.
 
     Attributes:
@@ -103,20 +113,33 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         prefill_chunk: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        memory_limit: int | str | None = None,
         verify: bool = False,
     ) -> None:
         started = time.perf_counter()
-        bundle = Bundle.open(path, variant=variant, verify=verify)
+        self._bundle = bundle = Bundle.open(path, variant=variant, verify=verify)
         # Nobody can export the embedded model again, and it is small.
         if bundle.slow and bundle.path != BUNDLE:
             warnings.warn(bundle.slow, SlowKernelWarning, stacklevel=2)
         self.manifest: Manifest = bundle.manifest
         dims, tokens = self.manifest.dims, self.manifest.tokens
-        self.context: int = integer("context", context, 2, dims.context) or min(
-            dims.context, DEFAULT_CONTEXT
-        )
-        fixed = integer("prefill_chunk", prefill_chunk, 1, self.context)
+        wanted = integer("context", context, 2, dims.context)
+        self.context: int = wanted or min(dims.context, DEFAULT_CONTEXT)
+        self._fixed_chunk = integer("prefill_chunk", prefill_chunk, 1, self.context)
         self.threads: int = resolve_threads(threads)
+        self._compiled = compiled_graph(
+            bundle, cache_dir=cache_dir, threads=self.threads, verify=verify
+        )
+        if memory_limit is not None:
+            self.context = fitting_context(
+                bundle,
+                longest=self.context,
+                shortest=wanted or 2,
+                limit=parse_bytes("memory_limit", memory_limit),
+                compiled=self._compiled,
+                prefill_chunk=self._fixed_chunk,
+            )
         try:
             self._defaults = Sampling.from_dict(self.manifest.sampling)
         except ArgumentError as error:
@@ -131,14 +154,16 @@ class LLM:
         self._templates = {
             name: bundle.read_text(file) for name, file in self.manifest.chat.templates.items()
         }
-        session = create_session(
+        release_memory()  # reading a tokenizer frees nearly as much as it keeps
+        session = open_session(
             bundle.file(self.manifest.decoder.graph),
+            compiled=self._compiled,
             threads=self.threads,
             minimum=self.manifest.min_onnxruntime,
         )
         decoder = open_decoder(session, self.manifest, capacity=self.context)
         single = _single_token(decoder)
-        planner = ChunkPlanner(fixed=fixed, widest=decoder.widest, single_token=single)
+        planner = ChunkPlanner(fixed=self._fixed_chunk, widest=decoder.widest, single_token=single)
         self._drafting = Drafting(StepCosts(single=single), possible=decoder.verifies)
         self._engine = Engine(decoder, Slot(decoder, planner))
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
@@ -152,6 +177,8 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         prefill_chunk: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        memory_limit: int | str | None = None,
         verify: bool = False,
     ) -> Self:
         """Load the embedded home-command model, which says once on stderr what it is.
@@ -161,7 +188,23 @@ class LLM:
         """
         announce()
         return cls(
-            BUNDLE, context=context, threads=threads, prefill_chunk=prefill_chunk, verify=verify
+            BUNDLE,
+            context=context,
+            threads=threads,
+            prefill_chunk=prefill_chunk,
+            cache_dir=cache_dir,
+            memory_limit=memory_limit,
+            verify=verify,
+        )
+
+    @functools.cached_property
+    def memory(self) -> MemoryEstimate:
+        """What the model takes when its context is full, as it was loaded."""
+        return estimate_memory(
+            self._bundle,
+            context=self.context,
+            compiled=self._compiled,
+            prefill_chunk=self._fixed_chunk,
         )
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:

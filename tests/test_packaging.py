@@ -29,6 +29,7 @@ LAYERS = {
     "schema": 1,
     "manifest": 2,
     "builtin": 3,
+    "caching": 3,
     "decoding": 3,
     "huggingface": 3,
     "results": 3,
@@ -40,12 +41,14 @@ LAYERS = {
     "foreign": 4,
     "bundle": 5,
     "options": 5,
-    "importing": 7,
-    "llm": 6,
-    "measure": 7,
-    "quality": 7,
-    "cli": 8,
-    "server": 8,
+    "compiled": 6,
+    "memory": 6,
+    "importing": 8,
+    "llm": 7,
+    "measure": 8,
+    "quality": 8,
+    "cli": 9,
+    "server": 9,
 }
 EXPORT_STACK = ("onnx", "torch", "transformers", "huggingface_hub", "edge_llm_export")
 
@@ -262,6 +265,7 @@ def an_error(name: str) -> Exception:
     special: dict[str, tuple[object, ...]] = {
         "ArgumentError": ("top_p", "from 0 to 1", 2, "Lower it."),
         "ContextLengthError": (100, 30, 128),
+        "MemoryLimitError": (100, 2, {"kv": 60, "scratch": 50}),
     }
     if issubclass(kind, Warning):
         return kind("Telemetry is on.")

@@ -97,22 +97,26 @@ def _contexts(manifest: Manifest, wanted: list[int] | None) -> list[int]:
 
 
 def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:
-    """Bytes: the weights in the file, their copy in ONNX Runtime, and a cache of each size."""
+    """Bytes by what for, of each context; and of the cache by token."""
+    from edge_llm.compiled import compiled_graph
+    from edge_llm.memory import estimate_memory
     from edge_llm.runtime.kv_cache import state_bytes
 
-    decoder = bundle.manifest.decoder
-    growing = [one for one in decoder.state if one.kind == "kv"]
-    windows = [one for one in decoder.state if one.kind == "window"]
-    texts = {bundle.manifest.tokenizer, *bundle.manifest.chat.templates.values()}
-    weights = sum(entry.size for name, entry in bundle.manifest.files.items() if name not in texts)
+    state = bundle.manifest.decoder.state
+    growing = [one for one in state if one.kind == "kv"]
+    windows = [one for one in state if one.kind == "window"]
+    compiled = compiled_graph(bundle, cache_dir=None, threads=1, verify=False)
+    estimates = {
+        str(context): estimate_memory(bundle, context=context, compiled=compiled)
+        for context in contexts
+    }
     return {
-        "weights_file": weights,
-        "weights_prepared_estimate": weights,
+        "compiled": None if compiled is None else str(compiled.parent),
         "cache_per_token": state_bytes(growing, rows=1, capacity=1),
         "cache_windows": state_bytes(windows, rows=1, capacity=bundle.manifest.dims.context),
-        "cache": {
-            str(context): state_bytes(decoder.state, rows=1, capacity=context)
-            for context in contexts
+        "contexts": {
+            context: dataclasses.asdict(one) | {"total": one.total}
+            for context, one in estimates.items()
         },
     }
 
@@ -187,23 +191,22 @@ def _told(size: int | None) -> str:
 
 
 def _describe_memory(memory: dict[str, Any]) -> str:
-    prepared = memory["weights_prepared_estimate"]
-    rows: list[tuple[str, ...]] = [("  context", "cache", "cache + prepared weights")]
-    for context, cache in memory["cache"].items():
-        rows.append((f"  {context} tokens", megabytes(cache), megabytes(cache + prepared)))
+    names = ("weights_file", "weights_anonymous", "kv", "scratch", "runtime", "total")
+    heads = ("mapped weights", "weights", "cache", "scratch", "Python", "in all")
+    rows: list[tuple[str, ...]] = [("  context", *heads)]
+    for context, terms in memory["contexts"].items():
+        sizes = (megabytes(terms[name]) for name in names)
+        rows.append((f"  {context} tokens", *sizes))
     windows = memory["cache_windows"]
     fixed = f", and up to {megabytes(windows)} for windows, however long it is" if windows else ""
+    how = memory["compiled"] or "no; `edge-llm compile` moves weights to the mapped ones"
     return "\n".join(
         [
-            "\nMemory",
-            f"  weights in the file      {megabytes(memory['weights_file'])}: mapped; the system "
-            "may drop these pages and read them again",
-            f"  weights, prepared        about {megabytes(prepared)}: an estimate; ONNX Runtime "
-            "packs a copy for this processor",
-            f"  cache                    {memory['cache_per_token']:,} bytes a token of the context"
-            f"{fixed}",
+            "\nMemory (a prediction: in a process of its own, with the context full)",
             table(rows),
-            "  Python and its libraries take some 100 MB on top. A cache takes memory as it fills.",
+            f"  compiled: {how}",
+            "  Mapped weights are pages that the system may drop and read again. The cache takes",
+            f"  {memory['cache_per_token']:,} bytes a token of the context{fixed}.",
         ]
     )
 

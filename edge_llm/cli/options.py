@@ -62,6 +62,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="threads to compute with (default: one per core)"
     )
     group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="compile the weights into this folder, for later runs; see `edge-llm compile`",
+    )
+    group.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help='most memory that the process may take, such as "512MB"; without --context, the '
+        "longest context that fits is taken",
+    )
+    group.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of every file first"
     )
 
@@ -117,7 +128,13 @@ def load_model(arguments: argparse.Namespace) -> LLM:
         load = functools.partial(LLM, arguments.model, variant=arguments.variant)
     elif arguments.variant is not None:
         raise ArgumentError("variant", "left out with the built-in model", arguments.variant)
-    return load(context=arguments.context, threads=arguments.threads, verify=arguments.verify)
+    return load(
+        context=arguments.context,
+        threads=arguments.threads,
+        cache_dir=arguments.cache_dir,
+        memory_limit=arguments.memory_limit,
+        verify=arguments.verify,
+    )
 
 
 def require_template(llm: LLM, name: str) -> None:

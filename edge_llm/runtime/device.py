@@ -5,6 +5,7 @@ Linux tells most of it in /proc and /sys; where a system does not tell, the answ
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -16,8 +17,11 @@ __all__ = [
     "available_memory",
     "check_platform",
     "cpu_features",
+    "cpu_identity",
     "cpu_name",
+    "mapped_memory",
     "peak_memory",
+    "release_memory",
     "resident_memory",
     "throttle_events",
     "usable_cores",
@@ -27,6 +31,12 @@ __all__ = [
 PROC = Path("/proc")
 SYS = Path("/sys")
 LIB = Path("/lib")
+
+# What tells one processor's kernels from another's in /proc/cpuinfo: x86's fields, then ARM's.
+IDENTITY = (
+    *("vendor_id", "cpu family", "model", "stepping", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"),
+)
 
 # Instruction sets that decide which of ONNX Runtime's kernels run.
 _X86 = ("sse4_2", "avx2", "avx_vnni", "avx512_vnni", "avx512f")
@@ -129,6 +139,28 @@ def resident_memory() -> dict[str, int]:
     return {kind: told[name] * 1024 for name, kind in kinds.items() if name in told}
 
 
+def mapped_memory(folder: Path) -> int | None:
+    """Bytes resident now of files in a folder that this process has mapped; None if not told."""
+    maps = _read(PROC / "self/smaps")
+    if maps is None:
+        return None
+    folder = folder.resolve()
+    inside, total = False, 0
+    for line in maps.splitlines():
+        name, *values = line.split(maxsplit=5)
+        if not name.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
+            inside = len(values) == 5 and Path(values[4]).parent == folder
+        elif inside and name == "Rss:":
+            total += int(values[0]) * 1024
+    return total
+
+
+def release_memory() -> None:
+    """Give the system back what was freed; glibc keeps it, and a loaded model needs none of it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory() -> int | None:
     """Most bytes that were ever resident in this process."""
     # getrusage() starts from what the parent held when it started this process; VmHWM does not.
@@ -162,6 +194,14 @@ def cpu_features() -> tuple[str, ...]:
             present = set(value.split())
             return tuple(feature for feature in FEATURES if feature in present)
     return ()
+
+
+def cpu_identity() -> tuple[str, ...]:
+    """All that the system tells of the kinds of cores here; equal where the same kernels run."""
+    lines = [line.partition(":") for line in (_read(PROC / "cpuinfo") or "").splitlines()]
+    told = {(name.strip(), value.strip()) for name, _, value in lines}
+    fields = sorted(f"{name}: {value}" for name, value in told if name in IDENTITY)
+    return (platform.machine(), *(fields or [platform.processor()]))
 
 
 def throttle_events() -> int | None:

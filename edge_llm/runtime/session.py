@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING
 
 from edge_llm.errors import (
     ArgumentError,
+    CacheWarning,
     ManifestError,
     PlatformError,
     RuntimeFailure,
     TelemetryWarning,
     UnsupportedFormatError,
 )
-from edge_llm.runtime.device import check_platform, usable_cores
+from edge_llm.runtime.device import check_platform, release_memory, usable_cores
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["create_session", "import_onnxruntime", "resolve_threads"]
+__all__ = ["create_session", "import_onnxruntime", "open_session", "resolve_threads"]
 
 log = logging.getLogger("edge_llm")
 
@@ -103,13 +104,18 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
-def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceSession:
+def create_session(
+    model: Path, *, threads: int, minimum: str, optimized: bool = False, save_to: Path | None = None
+) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
     Args:
         model: The ONNX file.
         threads: Threads that compute, the caller's own included.
         minimum: Oldest version of onnxruntime that has the graph's operators.
+        optimized: Take the graph as it is: a session of this version has written it.
+        save_to: Where to write the optimized graph, its weights as the kernels want them beside it
+            in a file of the same name with ".data" behind it.
 
     Raises:
         PlatformError: onnxruntime is too old or missing.
@@ -130,6 +136,12 @@ def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceS
     # Without VNNI, x86 kernels for int8 weights add two products in 16 bits, which saturate; this
     # has them take others.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Planning a step's memory ahead costs a second arena of the same size, and some time a token.
+    options.enable_mem_pattern = False
+    if optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        _save(options, save_to)
     log.debug("opening %s with %d threads", model, threads)
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -145,7 +157,41 @@ def create_session(model: Path, *, threads: int, minimum: str) -> ort.InferenceS
             "Check the files with `edge-llm info --verify`, or export the bundle again.",
         ) from error
     _open_sessions.add(session)
+    release_memory()  # packing has freed as much as the largest matrix
     return session
+
+
+def open_session(
+    graph: Path, *, compiled: Path | None, threads: int, minimum: str
+) -> ort.InferenceSession:
+    """Open a graph by its compiled form, where there is one.
+
+    Args:
+        graph: The ONNX file.
+        compiled: What :func:`create_session` wrote of it in this version. Another process may have
+            removed it meanwhile; then a warning says so, and the graph itself is opened.
+        threads: As for :func:`create_session`, like ``minimum`` and the errors.
+        minimum: See there.
+    """
+    if compiled is not None:
+        try:
+            return create_session(compiled, threads=threads, minimum=minimum, optimized=True)
+        except RuntimeFailure as error:
+            warnings.warn(
+                f"The compiled model in {str(compiled.parent)!r} cannot be opened, so the bundle "
+                f"itself is: {error.message}",
+                CacheWarning,
+                stacklevel=3,  # whoever called LLM(...)
+            )
+    return create_session(graph, threads=threads, minimum=minimum)
+
+
+def _save(options: ort.SessionOptions, target: Path) -> None:
+    prefix = "session.optimized_model_external_initializers"
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry(f"{prefix}_file_name", f"{target.name}.data")
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
 
 
 @functools.cache

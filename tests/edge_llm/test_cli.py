@@ -782,7 +782,7 @@ def test_info_in_words(tiny_bundle: Path, capsys: Capture) -> None:
         "model.onnx.data",
         "(verified)",
         "256 tokens",
-        "an estimate",
+        "a prediction",
         "This machine",
     ):
         assert text in out
@@ -796,17 +796,21 @@ def test_info_json(tiny_bundle: Path, capsys: Capture) -> None:
     assert document["verified"] is False
     assert document["size"] == sum(entry["size"] for entry in stored["files"].values())
     # 3 layers of keys and values, 4 heads, 8 numbers padded to 16, float32
-    assert document["memory"]["cache"] == {"64": 98304, "256": 393216}
+    caches = {context: one["kv"] for context, one in document["memory"]["contexts"].items()}
+    assert caches == {"64": 98304, "256": 393216}
+    assert document["memory"]["compiled"] is None
     assert document["memory"]["cache_per_token"] == 98304 / 64
     assert document["memory"]["cache_windows"] == 0
     data = (tiny_bundle / "model.onnx.data").stat().st_size
-    assert document["memory"]["weights_file"] > data
+    whole = document["memory"]["contexts"]["256"]
+    assert 0 < whole["weights_file"] < data
+    assert whole["total"] == sum(size for name, size in whole.items() if name != "total")
     assert document["machine"]["cores"] >= 1
 
 
 def test_info_shows_the_usual_contexts_that_fit(tiny_bundle: Path, capsys: Capture) -> None:
     assert main(["info", str(tiny_bundle), "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["memory"]["cache"]) == ["256"]
+    assert list(json.loads(capsys.readouterr().out)["memory"]["contexts"]) == ["256"]
     message = failure(capsys, "info", str(tiny_bundle), "--context", "257")
     assert "--context must be from 1 to 256 (what was exported), got 257." in message
 
@@ -846,7 +850,7 @@ def test_info_tells_windows_from_what_grows(
     assert memory["cache_per_token"] == token
     assert memory["cache_windows"] == fixed
     whole = {"256": 3 * 256 * token, "4096": 4096 * token + fixed, "8192": 8192 * token + fixed}
-    assert memory["cache"] == whole
+    assert {context: one["kv"] for context, one in memory["contexts"].items()} == whole
     assert main(["info", str(folder)]) == 0
     text = "512 bytes a token of the context, and up to 0.6 MB for windows, however long it is"
     assert text in capsys.readouterr().out
