@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from edge_llm import LLM
@@ -24,18 +25,20 @@ from .checkpoint.packed import packed_tensor
 from .checkpoint.weights import Weights
 from .choices import DEFAULT_BLOCK
 from .fallback.model import PRODUCERS
-from .graph.decoder import build_decoder
+from .graph.cache import quantize_cache
+from .graph.decoder import GRAPH_FILE, build_decoder
 from .graph.linear import Calibrated
 from .plan import MIN_ONNXRUNTIME, Built, Plan, Progress, make_manifest, read_dims
 from .quantize.calibrate import calibrate
 from .quantize.calibration import Calibration, draw_windows, read_windows
 from .quantize.choice import describe_storage
+from .quantize.kv import cache_scales, turning_pairs
 from .quantize.shelf import save_array
 from .quantize.storage import Storage
 from .quantize.work import matrices_folder, work_folder
 from .writer import BundleWriter
 
-__all__ = ["build", "write"]
+__all__ = ["build", "quantize_stage", "write"]
 
 
 @contextmanager
@@ -52,7 +55,7 @@ def build(
             for name, shape in spec.tensor_shapes().items()
             if len(shape) == 2 and packed_tensor(weights, name) is None and name not in kept
         ]
-        with _calibrated(plan, spec, weights, report) as calibrated:
+        with _calibrated(plan, spec, weights, report) as (calibrated, windows):
             graph, decoder = build_decoder(
                 spec, weights, storage=plan.storage, context=plan.context, calibrated=calibrated
             )
@@ -68,6 +71,7 @@ def build(
                     kept=kept,
                 ),
                 producers=(),
+                windows=windows,
             )
         return
     report("tracing", 0, 1)
@@ -92,19 +96,26 @@ def build(
 @contextmanager
 def _calibrated(
     plan: Plan, spec: DecoderSpec, weights: Weights, report: Progress
-) -> Iterator[Calibrated]:
-    """The matrices that are rounded for their inputs; they are on disk until the block ends."""
-    calibration = plan.calibration
+) -> Iterator[tuple[Calibrated, NDArray[np.int64] | None]]:
+    """The matrices that are rounded for their inputs, on disk until the block ends, and the text.
+
+    There are no matrices where only the cache is calibrated, and no text where nothing is.
+    """
+    calibration = plan.calibration or plan.kv_calibration
     if calibration is None:
-        yield {}
+        yield {}, None
         return
     with work_folder(
         plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
     ) as work:
-        yield calibrate(
+        windows = _windows(plan, calibration, weights, work, report)
+        if plan.calibration is None:
+            yield {}, windows
+            return
+        matrices = calibrate(
             spec,
             weights,
-            _windows(plan, calibration, weights, work, report),
+            windows,
             storage=plan.storage,
             context=plan.context,
             calibration=calibration,
@@ -112,6 +123,7 @@ def _calibrated(
             minimum=MIN_ONNXRUNTIME,
             report=report,
         )
+        yield matrices, windows
 
 
 def _windows(
@@ -141,7 +153,7 @@ def _draw(
     plan: Plan, calibration: Calibration, weights: Weights, report: Progress
 ) -> NDArray[np.int64]:
     """Let the model write the text; at 8 bits it writes as it would in float32, but faster."""
-    draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None)
+    draft = replace(plan, storage=Storage(8, DEFAULT_BLOCK), calibration=None, kv_calibration=None)
     with tempfile.TemporaryDirectory(prefix="edge-llm-") as name:
         folder = Path(name)
         with build(draft, weights, folder, report, lambda text: None) as built:
@@ -165,6 +177,25 @@ def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:
     chat = _write_texts(writer, plan.files)
     writer.write_graph(graph, producer=version("edge-llm"), on_bytes=count)
     manifest = make_manifest(plan, built, chat, writer.files)
+    writer.write_manifest(manifest)
+    return manifest
+
+
+def quantize_stage(
+    plan: Plan, stage: Path, manifest: Manifest, windows: NDArray[np.int64], report: Progress
+) -> Manifest:
+    """Make a written bundle's cache int8, calibrated on ``windows`` int64 [windows, tokens]."""
+    assert isinstance(plan.model, DecoderSpec)
+    turning = turning_pairs(plan.model.within(plan.context))
+    scales = cache_scales(stage, windows, turning, report)
+    model = onnx.load(stage / GRAPH_FILE, load_external_data=False)
+    quantize_cache(model, scales)
+    writer = BundleWriter(stage)
+    writer.files.update(manifest.files)
+    writer.write(GRAPH_FILE, model.SerializeToString(deterministic=True))
+    state = tuple(replace(one, dtype="int8") for one in manifest.decoder.state)
+    decoder = replace(manifest.decoder, state=state)
+    manifest = replace(manifest, decoder=decoder, files=writer.files)
     writer.write_manifest(manifest)
     return manifest
 

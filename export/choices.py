@@ -6,6 +6,7 @@ __all__ = [
     "BLOCKS",
     "DEFAULT_BLOCK",
     "DEFAULT_QUANTIZATION",
+    "KV_CACHES",
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
     "QUANTIZATIONS",
@@ -18,6 +19,9 @@ DEFAULT_QUANTIZATION = "int4"  # of weights that the checkpoint has as floats
 
 METHODS = ("rtn", "gptq")
 """How weights are rounded: to the nearest integers, or by GPTQ; the first is the default."""
+
+KV_CACHES = ("fp32", "int8")
+"""How keys and values are kept; the first is the default."""
 
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""

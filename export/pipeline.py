@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from edge_llm.huggingface.tokenizer import read_tokenizer
-from edge_llm.manifest import Manifest
+from edge_llm.manifest import Manifest, Quality
 from edge_llm.quality import read_text_file
 from edge_llm.staging import check_target, staged
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
-from .building import build, write
+from .building import build, quantize_stage, write
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import open_weights
 from .checkpoint.prequantized import read_packing
-from .choices import LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
+from .choices import KV_CACHES, LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
 from .config import read_config
-from .evaluate.figures import measure_quality
+from .evaluate.figures import measure_quality, of_cache
 from .evaluate.selfcheck import run_once
 from .fallback.model import OptimumModel, read_model
 from .plan import Plan, Progress
 from .quantize.calibration import Calibration
 from .quantize.choice import check_choice, choose_calibration, choose_storage
+from .quantize.kv import choose_kv_calibration
 from .quantize.storage import FLOAT32
 from .writer import BundleWriter
 
@@ -46,6 +48,7 @@ def export_model(
     method: str = METHODS[0],
     calibration: Calibration | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    kv_cache: str = KV_CACHES[0],
     max_context: int | None = None,
     via: str = VIAS[0],
     revision: str | None = None,
@@ -67,9 +70,12 @@ def export_model(
         method: How floats are rounded: "rtn", to the nearest integers, or "gptq", for the inputs
             that each matrix has when the model runs on some text.
         calibration: That text, and how GPTQ is done (default: the model writes the text itself).
-        work_dir: A folder where GPTQ keeps each layer's result. An export that was interrupted
-            goes on from there if it is asked for the same again; it may be removed at any time
-            (default: a temporary one).
+            An int8 cache is calibrated on it too.
+        work_dir: A folder for that text and each layer's result of GPTQ. An export that was
+            interrupted goes on from there if it is asked for the same again; it may be removed at
+            any time (default: a temporary one).
+        kv_cache: How keys and values are kept: "fp32", or "int8" with a scale per channel, in a
+            quarter of the memory.
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         via: Who makes the graph: "builder" (the graph builder), "optimum" (optimum's exporter,
             extra ``optimum``), or "auto": optimum where the builder does not know the
@@ -81,8 +87,9 @@ def export_model(
             to transformers what each key means.
         evaluate: A file of UTF-8 text on which to measure the bundle against its float32 original,
             which is exported beside it for the time; the manifest then has perplexity, KL
-            divergence and top-1 agreement. Of a checkpoint that GPTQ or AWQ quantized, the
-            original is what its integers stand for.
+            divergence and top-1 agreement, and those against the bundle's own float32 cache too
+            where the cache is int8. Of a checkpoint that GPTQ or AWQ quantized, the original is
+            what its integers stand for.
         progress: Called with a phase, the work done and the whole work.
         warn: Called with what the user should know (default: nothing is said).
 
@@ -98,7 +105,10 @@ def export_model(
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
     check_choice(quantize, block)
-    calibration = choose_calibration(method, calibration, work_dir, quantize)
+    kv_calibration = choose_kv_calibration(kv_cache, calibration)
+    calibration = choose_calibration(
+        method, calibration, work_dir, quantize, elsewhere=kv_calibration is not None
+    )
     if via not in VIAS:
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
@@ -111,6 +121,7 @@ def export_model(
         _read(checkpoint, quantize, block, max_context, ignore_config, via, say),
         calibration=calibration,
         work_dir=None if work_dir is None else Path(work_dir),
+        kv_calibration=kv_calibration,
     )
     _check_calibration(plan)
     for name in plan.files.ignored:
@@ -119,41 +130,61 @@ def export_model(
     with (
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
         staged(target, overwrite=overwrite) as stage,
+        ExitStack() as kept,
     ):
+        float_cache = stage
         with build(plan, weights, stage, report, say) as built:
             manifest = write(plan, built, stage, report)
+            if built.windows is not None and plan.kv_calibration is not None:
+                if text is not None:
+                    float_cache = kept.enter_context(_copied(stage, target))
+                manifest = quantize_stage(plan, stage, manifest, built.windows, report)
         report("verifying", 0, 1)
         run_once(stage, warn=say)
         report("verifying", 1, 1)
         if evaluate is not None and text is not None:
-            with _original(plan, stage, target, via, ignore_config, report) as original:
-                quality = measure_quality(
+
+            def measured(reference: Path) -> tuple[Quality, ...]:
+                return measure_quality(
                     stage,
-                    original,
+                    reference,
                     text,
                     data=Path(evaluate).name,
                     progress=lambda done, total: report("evaluating", done, total),
                 )
+
+            with _original(plan, float_cache, target, via, ignore_config, report) as original:
+                quality = measured(original)
+            if float_cache != stage:
+                quality += of_cache(quality if original == float_cache else measured(float_cache))
             manifest = dataclasses.replace(manifest, quality=quality)
             BundleWriter(stage).write_manifest(manifest)
     return manifest
 
 
 @contextmanager
+def _copied(stage: Path, target: Path) -> Iterator[Path]:
+    """A copy of a bundle beside the target while the block lasts."""
+    prefix = f".{target.name}.float-cache."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+        yield shutil.copytree(stage, Path(folder) / "bundle")
+
+
+@contextmanager
 def _original(
     plan: Plan,
-    stage: Path,
+    written: Path,
     target: Path,
     via: str,
     ignore: Collection[str],
     report: Progress,
 ) -> Iterator[Path]:
-    """The checkpoint's float32 bundle while the block lasts: the stage, or one beside the target.
+    """The checkpoint's float32 bundle while the block lasts: ``written``, or one made for it.
 
     Its context is the same, for rotary scaling may hang on it.
     """
     if plan.storage == FLOAT32:
-        yield stage
+        yield written
         return
     prefix = f".{target.name}.original."
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
@@ -196,11 +227,19 @@ def _read(
         context=context,
         calibration=None,
         work_dir=None,
+        kv_calibration=None,
     )
 
 
 def _check_calibration(plan: Plan) -> None:
     """Refuse to calibrate what has no floats, or no layers that can be run one by one."""
+    if plan.kv_calibration is not None and not isinstance(plan.model, DecoderSpec):
+        raise ArgumentError(
+            "kv_cache",
+            f"{KV_CACHES[0]!r} where optimum makes the graph",
+            "int8",
+            "Its cache grows by concatenation, for which there are no int8 operators.",
+        )
     if plan.calibration is None:
         return
     if plan.packing is not None:

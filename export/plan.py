@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_llm.huggingface.tokenizer import TokenizerFiles
 from edge_llm.manifest import (
     FORMAT,
@@ -37,6 +40,9 @@ MIN_ONNXRUNTIME = "1.32"
 
 _PRODUCERS = ("edge-llm", "onnx", "numpy", "onnxruntime")
 
+# Of a calibration, what concerns weights alone.
+_OF_WEIGHTS = ("method", "damping", "act_order")
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,6 +51,7 @@ class Plan:
     """All that is known before the weights are read.
 
     ``storage`` is that of what the checkpoint has as floats, ``packing`` tells of its integers.
+    ``kv_calibration`` is that of an int8 cache; None: the cache is float32.
     """
 
     checkpoint: Checkpoint
@@ -55,17 +62,19 @@ class Plan:
     context: int
     calibration: Calibration | None
     work_dir: Path | None
+    kv_calibration: Calibration | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A graph, and what the manifest says of it."""
+    """A graph, what the manifest says of it, and the text that it was calibrated on, if any."""
 
     graph: GraphRecorder
     decoder: DecoderGraph
     dims: Dims
     quantization: Quantization
     producers: tuple[str, ...]
+    windows: NDArray[np.int64] | None = None
 
 
 def make_manifest(
@@ -78,6 +87,11 @@ def make_manifest(
         info["ignored_generation_config"] = list(files.ignored)
     if plan.calibration:
         info["calibration"] = describe_calibration(plan.calibration)
+    if plan.kv_calibration:
+        described = describe_calibration(plan.kv_calibration)
+        info["kv_cache_calibration"] = {
+            key: value for key, value in described.items() if key not in _OF_WEIGHTS
+        }
     return Manifest(
         format=FORMAT,
         requires=(),

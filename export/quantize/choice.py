@@ -55,9 +55,21 @@ def choose_storage(quantize: str | None, block: int | None, packing: Packing | N
 
 
 def choose_calibration(
-    method: str, calibration: Calibration | None, work_dir: object, quantize: str | None
+    method: str,
+    calibration: Calibration | None,
+    work_dir: object,
+    quantize: str | None,
+    *,
+    elsewhere: bool = False,
 ) -> Calibration | None:
-    """How to calibrate; None: not at all.
+    """How to calibrate the weights; None: not at all.
+
+    Args:
+        method: "rtn" or "gptq".
+        calibration: What was asked for.
+        work_dir: Where to keep results.
+        quantize: How weights are stored.
+        elsewhere: Whether something else than the weights is calibrated.
 
     Raises:
         ArgumentError: An argument is outside its domain, or of no use to the method.
@@ -69,7 +81,7 @@ def choose_calibration(
             raise ArgumentError("method", "left out with fp32, which rounds nothing", method)
         return calibration or Calibration()
     for name, value in (("calibration", calibration), ("work_dir", work_dir)):
-        if value is not None:
+        if value is not None and not elsewhere:
             raise ArgumentError(
                 name, f"left out with method {method!r}, which is not calibrated", value
             )
