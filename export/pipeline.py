@@ -27,6 +27,7 @@ from .checkpoint.prequantized import read_packing
 from .choices import KV_CACHES, LONGEST_DEFAULT_CONTEXT, METHODS, VIAS
 from .config import read_config
 from .evaluate.figures import measure_quality, of_cache
+from .evaluate.overlap import check_disjoint
 from .evaluate.selfcheck import run_once
 from .fallback.model import OptimumModel, read_model
 from .plan import Plan, Progress
@@ -113,6 +114,9 @@ def export_model(
         raise ArgumentError("via", f"one of {', '.join(VIAS)}", via)
     target = check_target(Path(output), overwrite=overwrite)
     text = None if evaluate is None else read_text_file(evaluate, "evaluate")
+    calibrated = kv_calibration or calibration
+    if text is not None and calibrated is not None and calibrated.text is not None:
+        check_disjoint(read_text_file(calibrated.text, "calibration"), text)
     report = progress or (lambda phase, done, total: None)
     say = warn or (lambda text: None)
     report("reading", 0, 1)
