@@ -20,6 +20,7 @@ from edge_llm.errors import ManifestError, UnsupportedFormatError
 from edge_llm.schema import cut, decode, load
 
 __all__ = [
+    "CACHE_METRIC",
     "FORMAT",
     "MANIFEST_NAME",
     "ChatTemplates",
@@ -41,6 +42,8 @@ MANIFEST_NAME = "manifest.json"
 LAYOUTS = {"edge_llm.v1": True, "standard.v1": False, "genai.v1": True}
 STATE_KINDS = ("kv", "window")
 STATE_DTYPES = ("float32", "float16", "int8", "uint8")
+# How the metrics are named that compare a bundle with itself with a float32 cache.
+CACHE_METRIC = "kv_cache_"
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
 T = TypeVar("T")
@@ -191,13 +194,16 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """One measured figure: the float32 reference's value and this bundle's, on stated data.
+    """One measured figure: the reference's value and this bundle's, on stated data.
+
+    The reference is the float32 model; of a metric that starts with "kv_cache_", it is the bundle
+    itself with a float32 cache of keys and values: what its int8 cache alone loses.
 
     Attributes:
         metric: "perplexity", "kl_divergence" (nats per token, from the reference), "top1_agreement"
             (share of tokens), or another.
         data: Name of the text.
-        reference: The float32 model's value.
+        reference: The reference's value.
         value: This bundle's.
         standard_error: Of ``value``; None where it is not known.
         sha256: Of the text in UTF-8, hexadecimal.

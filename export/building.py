@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
 
 from edge_llm.errors import CheckpointError
 from edge_llm.huggingface.tokenizer import TokenizerFiles
@@ -18,13 +23,15 @@ from .checkpoint.packed import packed_tensor
 from .checkpoint.weights import Weights
 from .choosing import choose_matrices
 from .fallback.model import PRODUCERS
-from .graph.decoder import build_decoder
+from .graph.cache import quantize_cache
+from .graph.decoder import GRAPH_FILE, build_decoder
 from .plan import MIN_ONNXRUNTIME, Built, Plan, Progress, make_manifest, read_dims
 from .quantize.choice import describe_storage
+from .quantize.kv import cache_scales, turning_pairs
 from .quantize.selection import Selection
 from .writer import BundleWriter
 
-__all__ = ["build", "write"]
+__all__ = ["build", "quantize_stage", "write"]
 
 
 @contextmanager
@@ -87,6 +94,7 @@ def _record(plan: Plan, spec: DecoderSpec, weights: Weights, selection: Selectio
         ),
         producers=(),
         info=selection.info,
+        windows=selection.windows,
     )
 
 
@@ -100,6 +108,25 @@ def _write_trial(
 ) -> None:
     """Write a bundle that is not the last one, into an empty folder."""
     write(plan, _record(plan, spec, weights, selection), folder, report)
+
+
+def quantize_stage(
+    plan: Plan, stage: Path, manifest: Manifest, windows: NDArray[np.int64], report: Progress
+) -> Manifest:
+    """Make a written bundle's cache int8, calibrated on ``windows`` int64 [windows, tokens]."""
+    assert isinstance(plan.model, DecoderSpec)
+    turning = turning_pairs(plan.model.within(plan.context))
+    scales = cache_scales(stage, windows, turning, report)
+    model = onnx.load(stage / GRAPH_FILE, load_external_data=False)
+    quantize_cache(model, scales)
+    writer = BundleWriter(stage)
+    writer.files.update(manifest.files)
+    writer.write(GRAPH_FILE, model.SerializeToString(deterministic=True))
+    state = tuple(replace(one, dtype="int8") for one in manifest.decoder.state)
+    decoder = replace(manifest.decoder, state=state)
+    manifest = replace(manifest, decoder=decoder, files=writer.files)
+    writer.write_manifest(manifest)
+    return manifest
 
 
 def write(plan: Plan, built: Built, stage: Path, report: Progress) -> Manifest:

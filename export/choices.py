@@ -9,6 +9,7 @@ __all__ = [
     "AUTO_BITS",
     "BLOCKS",
     "DEFAULT_BLOCK",
+    "KV_CACHES",
     "LONGEST_DEFAULT_CONTEXT",
     "METHODS",
     "QUANTIZATIONS",
@@ -30,6 +31,9 @@ METHODS = ("rtn", "gptq")
 
 VOCABULARIES = ("int4", "int8")
 """How the embedding and the head may be stored."""
+
+KV_CACHES = ("fp32", "int8")
+"""How keys and values are kept; the first is the default."""
 
 BLOCKS = (32, 64, 128)
 """How many weights may share a scale."""

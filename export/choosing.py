@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from edge_llm.text.tokenizer import Tokenizer
@@ -51,14 +52,15 @@ def choose_matrices(
         ArgumentError: No mix meets the budget.
     """
     recipe = plan.recipe
-    if recipe.calibration is None:
+    calibration = recipe.calibration or plan.kv_calibration
+    if calibration is None:
         yield _with_vocabulary(Selection(recipe.storage), spec, weights, recipe.vocabulary)
         return
     with work_folder(
-        plan.work_dir, plan.checkpoint.path, recipe.calibration, context=plan.context
+        plan.work_dir, plan.checkpoint.path, calibration, context=plan.context
     ) as work:
         used, held = calibration_windows(
-            recipe.calibration,
+            calibration,
             tokenizer=_tokenizer(plan),
             context=plan.context,
             work=work,
@@ -67,12 +69,16 @@ def choose_matrices(
             report=report,
             validation=VALIDATION if recipe.budget else 0,
         )
+        if recipe.calibration is None:
+            plain = Selection(recipe.storage, windows=used)
+            yield _with_vocabulary(plain, spec, weights, recipe.vocabulary)
+            return
         runs = CalibrationRuns(
             spec, weights, used, recipe.calibration, plan.context, work, MIN_ONNXRUNTIME, report
         )
         if recipe.budget is None:
             yield _with_vocabulary(
-                runs.one_storage(recipe.storage, recipe.vocabulary),
+                replace(runs.one_storage(recipe.storage, recipe.vocabulary), windows=used),
                 spec,
                 weights,
                 recipe.vocabulary,
@@ -81,7 +87,7 @@ def choose_matrices(
         with tempfile.TemporaryDirectory(prefix=".edge-llm-", dir=scratch) as name:
             mixer = Mixer(runs, recipe.budget, write, Path(name), report)
             selection = mixer.find(held)
-        yield selection
+        yield replace(selection, windows=used)
 
 
 def _with_vocabulary(
@@ -91,10 +97,13 @@ def _with_vocabulary(
     if storage == selection.storage:
         return selection
     found = vocabularies(spec, weights)
-    return Selection(
-        selection.storage,
-        {**selection.matrices, **{n: (RoundedMatrix(one, storage),) for n, one in found.items()}},
-        {tensor: storage for one in found.values() for tensor in checkpoint_names(one)},
+    return replace(
+        selection,
+        matrices={
+            **selection.matrices,
+            **{n: (RoundedMatrix(one, storage),) for n, one in found.items()},
+        },
+        others={tensor: storage for one in found.values() for tensor in checkpoint_names(one)},
     )
 
 

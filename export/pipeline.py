@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edge_llm.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from edge_llm.huggingface.tokenizer import read_tokenizer
-from edge_llm.manifest import Manifest
+from edge_llm.manifest import Manifest, Quality
 from edge_llm.quality import read_text_file
 from edge_llm.staging import check_target, staged
 
 from .architectures.registry import ARCHITECTURES, read_architecture
 from .architectures.spec import DecoderSpec
-from .building import build, write
+from .building import build, quantize_stage, write
 from .checkpoint.hub import Checkpoint, resolve
 from .checkpoint.packed import open_weights
 from .checkpoint.prequantized import read_packing
-from .choices import LONGEST_DEFAULT_CONTEXT, VIAS
+from .choices import KV_CACHES, LONGEST_DEFAULT_CONTEXT, VIAS
 from .config import read_config
-from .evaluate.figures import measure_quality
+from .evaluate.figures import measure_quality, of_cache
 from .evaluate.overlap import check_disjoint
 from .evaluate.selfcheck import run_once
 from .fallback.model import OptimumModel, read_model
@@ -33,6 +34,7 @@ from .plan import Plan, Progress
 from .quantize.budget import Budget, check_least
 from .quantize.calibration import Calibration
 from .quantize.choice import Request, choose_recipe
+from .quantize.kv import choose_kv_calibration
 from .quantize.storage import FLOAT32
 from .writer import BundleWriter
 
@@ -53,6 +55,7 @@ def export_model(
     max_size: int | None = None,
     calibration: Calibration | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    kv_cache: str = KV_CACHES[0],
     max_context: int | None = None,
     via: str = VIAS[0],
     revision: str | None = None,
@@ -89,6 +92,8 @@ def export_model(
         work_dir: A folder where GPTQ keeps each layer's result. An export that was interrupted
             goes on from there if it is asked for the same again; it may be removed at any time
             (default: a temporary one).
+        kv_cache: How keys and values are kept: "fp32", or "int8" with a scale per channel, in a
+            quarter of the memory; calibrated on the same text.
         max_context: Longest sequence, in tokens (default: the model's own, but at most 8,192).
         via: Who makes the graph: "builder" (the graph builder), "optimum" (optimum's exporter,
             extra ``optimum``), or "auto": optimum where the builder does not know the
@@ -117,6 +122,7 @@ def export_model(
             what transformers computes.
         ExportError: The disk is full, the output cannot be written, or optimum is not installed.
     """
+    kv_calibration = choose_kv_calibration(kv_cache, calibration)
     request = Request(
         quantize=quantize,
         block=block,
@@ -125,6 +131,7 @@ def export_model(
         calibration=calibration,
         work_dir=work_dir,
         target=target,
+        cache_calibrated=kv_calibration is not None,
         budget=Budget.read(max_kld=max_kld, max_ppl_increase=max_ppl_increase, max_size=max_size),
     )
     if via not in VIAS:
@@ -142,48 +149,76 @@ def export_model(
         _read(checkpoint, request, max_context, ignore_config, via, say),
         work_dir=None if work_dir is None else Path(work_dir),
         scored=text,
+        kv_calibration=kv_calibration,
     )
+    if kv_calibration is not None and not isinstance(plan.model, DecoderSpec):
+        raise ArgumentError(
+            "kv_cache",
+            f"{KV_CACHES[0]!r} where optimum makes the graph",
+            "int8",
+            "Its cache grows by concatenation, for which there are no int8 operators.",
+        )
     for name in plan.files.ignored:
         say(f"generation_config.json: {name} is not supported and was left out")
     floats = plan.recipe.storage == FLOAT32
     with (
         open_weights(checkpoint.path, plan.packing, dequantize=floats) as weights,
         staged(folder, overwrite=overwrite) as stage,
+        ExitStack() as kept,
     ):
+        float_cache = stage
         with build(plan, weights, stage, report, say) as built:
             manifest = write(plan, built, stage, report)
+            if built.windows is not None and plan.kv_calibration is not None:
+                if text is not None:
+                    float_cache = kept.enter_context(_copied(stage, folder))
+                manifest = quantize_stage(plan, stage, manifest, built.windows, report)
         report("verifying", 0, 1)
         run_once(stage, warn=say)
         report("verifying", 1, 1)
         if evaluate is not None and text is not None:
-            with _original(plan, stage, folder, via, ignore_config, report) as original:
-                quality = measure_quality(
+
+            def measured(reference: Path) -> tuple[Quality, ...]:
+                return measure_quality(
                     stage,
-                    original,
+                    reference,
                     text,
                     data=Path(evaluate).name,
                     progress=lambda done, total: report("evaluating", done, total),
                 )
+
+            with _original(plan, float_cache, folder, via, ignore_config, report) as original:
+                quality = measured(original)
+            if float_cache != stage:
+                quality += of_cache(quality if original == float_cache else measured(float_cache))
             manifest = dataclasses.replace(manifest, quality=quality)
             BundleWriter(stage).write_manifest(manifest)
     return manifest
 
 
 @contextmanager
+def _copied(stage: Path, target: Path) -> Iterator[Path]:
+    """A copy of a bundle beside the target while the block lasts."""
+    prefix = f".{target.name}.float-cache."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
+        yield shutil.copytree(stage, Path(folder) / "bundle")
+
+
+@contextmanager
 def _original(
     plan: Plan,
-    stage: Path,
+    written: Path,
     target: Path,
     via: str,
     ignore: Collection[str],
     report: Progress,
 ) -> Iterator[Path]:
-    """The checkpoint's float32 bundle while the block lasts: the stage, or one beside the target.
+    """The checkpoint's float32 bundle while the block lasts: ``written``, or one made for it.
 
     Its context is the same, for rotary scaling may hang on it.
     """
     if plan.recipe.storage == FLOAT32:
-        yield stage
+        yield written
         return
     prefix = f".{target.name}.original."
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
@@ -228,6 +263,7 @@ def _read(
         work_dir=None,
         scored=None,
         target=request.target,
+        kv_calibration=None,
     )
 
 

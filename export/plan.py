@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_llm.huggingface.tokenizer import TokenizerFiles
 from edge_llm.manifest import (
     FORMAT,
@@ -27,6 +30,7 @@ from .checkpoint.hub import Checkpoint
 from .checkpoint.prequantized import Packing
 from .fallback.model import OptimumModel
 from .graph.recorder import GraphRecorder
+from .quantize.calibration import Calibration
 from .quantize.choice import Recipe
 from .quantize.work import describe_calibration
 
@@ -36,6 +40,9 @@ MIN_ONNXRUNTIME = "1.32"
 
 _PRODUCERS = ("edge-llm", "onnx", "numpy", "onnxruntime")
 
+# Of a calibration, what concerns weights alone.
+_OF_WEIGHTS = ("method", "damping", "act_order", "correction")
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,6 +51,7 @@ class Plan:
     """All that is known before the weights are read.
 
     ``recipe`` is for what the checkpoint has as floats, ``packing`` tells of its integers.
+    ``kv_calibration`` is that of an int8 cache; None: the cache is float32.
     ``scored`` is the text on which the bundle will be measured: no calibration may have seen it.
     """
 
@@ -56,6 +64,7 @@ class Plan:
     work_dir: Path | None
     scored: str | None
     target: str | None
+    kv_calibration: Calibration | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +77,7 @@ class Built:
     quantization: Quantization
     producers: tuple[str, ...]
     info: Mapping[str, Any]
+    windows: NDArray[np.int64] | None = None
 
 
 def make_manifest(
@@ -78,6 +88,11 @@ def make_manifest(
     info: dict[str, Any] = {**built.info}
     if files.ignored:
         info["ignored_generation_config"] = list(files.ignored)
+    if plan.kv_calibration:
+        described = describe_calibration(plan.kv_calibration)
+        info["kv_cache_calibration"] = {
+            key: value for key, value in described.items() if key not in _OF_WEIGHTS
+        }
     if plan.recipe.calibration:
         info["calibration"] = describe_calibration(plan.recipe.calibration)
     return Manifest(

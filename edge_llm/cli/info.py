@@ -151,6 +151,7 @@ def _describe_model(bundle: Bundle) -> str:
         "quantization": _describe_quantization(manifest),
         "made for": manifest.target or "no particular processor",
         "on this machine": bundle.slow or "fast kernels",
+        "keys and values": _describe_state(manifest),
         "context": f"{dims.context} tokens",
         "tokens": f"BOS {'none' if tokens.bos is None else tokens.bos}"
         f"{' (put in front)' if tokens.add_bos else ''}, EOS {eos}, "
@@ -180,10 +181,18 @@ def _describe_quantization(manifest: Manifest) -> str:
     return f"{text}; {others} tensors in another way" if others else text
 
 
+def _describe_state(manifest: Manifest) -> str:
+    dtypes = sorted({one.dtype for one in manifest.decoder.state})
+    return " and ".join(dtypes)
+
+
 def _describe_quality(one: Quality) -> str:
+    from edge_llm.manifest import CACHE_METRIC
+
     error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
     data = one.data if one.window is None else f"{one.data} in windows of {one.window} tokens"
-    return f"{one.metric} on {data}: {one.value:g}{error} (float32: {one.reference:g})"
+    reference = "float32 cache" if one.metric.startswith(CACHE_METRIC) else "float32"
+    return f"{one.metric} on {data}: {one.value:g}{error} ({reference}: {one.reference:g})"
 
 
 def _told(size: int | None) -> str:

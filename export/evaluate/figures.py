@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from edge_llm.manifest import Quality
+from edge_llm.manifest import CACHE_METRIC, Quality
 from edge_llm.quality import evaluate, open_for_evaluation
 
-__all__ = ["measure_quality"]
+__all__ = ["measure_quality", "of_cache"]
 
 
 def measure_quality(
@@ -61,3 +62,8 @@ def measure_quality(
             )
         )
     return tuple(found)
+
+
+def of_cache(figures: Iterable[Quality]) -> tuple[Quality, ...]:
+    """Name figures after what was measured: a bundle against itself with a float32 cache."""
+    return tuple(replace(one, metric=f"{CACHE_METRIC}{one.metric}") for one in figures)

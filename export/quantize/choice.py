@@ -42,6 +42,8 @@ class Request:
         budget: What a mix may weigh or lose.
         target: The CPU: "x86", "arm64", "arm64-nodotprod", or None: any of the first two.
 
+        cache_calibrated: Whether the cache is calibrated, be the weights or not.
+
     Raises:
         ArgumentError: What no checkpoint can be stored as.
     """
@@ -54,6 +56,7 @@ class Request:
     work_dir: object = None
     budget: Budget | None = None
     target: str | None = None
+    cache_calibrated: bool = False
 
     def __post_init__(self) -> None:
         domains = {
@@ -68,7 +71,7 @@ class Request:
             if value is not None and value not in domain:
                 raise ArgumentError(name, f"one of {', '.join(map(str, domain))}", value)
         if self.channels:
-            said = ("block", "method", "vocabulary", "calibration", "work_dir", "budget")
+            said = ("block", "method", "vocabulary", "budget")
             self._refuse(f"with int8 for {self.target}, which has a scale per row", *said)
         if self.mixed:
             self._refuse("with a mix, which chooses by itself", "block", "vocabulary")
@@ -81,7 +84,7 @@ class Request:
             self._refuse("with fp32, which rounds nothing", "block", "method", "vocabulary")
         if self.quantize == "int8" and self.vocabulary == "int4":
             raise ArgumentError("vocabulary", "'int8' or left out with int8", self.vocabulary)
-        if not self.calibrated:
+        if not self.calibrated and not self.cache_calibrated:
             self._refuse(
                 "without method 'gptq', as nothing is calibrated", "calibration", "work_dir"
             )
@@ -200,8 +203,8 @@ def _refuse_calibration(request: Request, where: str, remedy: str) -> None:
     said = [
         ("method", request.method if request.method == "gptq" else None),
         ("vocabulary", request.vocabulary),
-        ("calibration", request.calibration),
-        ("work_dir", request.work_dir),
+        ("calibration", None if request.cache_calibrated else request.calibration),
+        ("work_dir", None if request.cache_calibrated else request.work_dir),
         limit or ("", None),
     ]
     for name, value in said:

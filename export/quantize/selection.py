@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..graph.linear import Calibrated
 from .storage import Storage
 
@@ -22,12 +25,14 @@ class Selection:
         matrices: By the name of the weight in the graph.
         others: What is stored in another way than ``storage``, by its name in the checkpoint.
         info: What the manifest says of how it was found.
+        windows: The text that it was calibrated on, int64 [windows, tokens], if any.
     """
 
     storage: Storage
     matrices: Calibrated = field(default_factory=dict)
     others: Mapping[str, Storage] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    windows: NDArray[np.int64] | None = None
 
 
 Write = Callable[[Selection, Path], None]
