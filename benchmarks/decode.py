@@ -56,8 +56,9 @@ class BareLoop:
     def __init__(self, llm: LLM) -> None:
         manifest = llm.manifest
         self._ort = import_onnxruntime()
-        decoder = llm._engine._decoder
-        assert decoder is not None
+        loaded = llm._model.engine._model
+        assert loaded is not None
+        decoder = loaded.decoder
         assert isinstance(decoder, OwnDecoder), "a bundle of edge-llm's own layout is needed"
         self._session = decoder.graph.session
         self._binding = self._session.io_binding()

@@ -146,8 +146,9 @@ def logits(checkpoint: Path, bundle: Path, quantize: str) -> NDArray[np.float32]
     """Of every token of the prompt and of the steps behind it, float32 [tokens, vocab]."""
     export_model(checkpoint, bundle, quantize=quantize, max_context=CONTEXT, overwrite=True)
     with LLM(bundle, threads=1) as llm:
-        decoder = llm._engine._decoder
-        assert decoder is not None
+        loaded = llm._model.engine._model
+        assert loaded is not None
+        decoder = loaded.decoder
         pieces = [TOKENS[:PROMPT], *TOKENS[PROMPT:, None]]
         return np.concatenate([decoder.step(one, scored=len(one)).copy() for one in pieces])
 

@@ -181,7 +181,7 @@ def measure(path: Path, kind: str, arguments: argparse.Namespace) -> list[dict[s
         for name, group in groups.items():
             rounds = max(1, arguments.rounds // len(group))
             result = compare(llm, group, max_tokens=arguments.max_tokens, rounds=rounds)
-            curve = {w: round(c, 2) for w, c in llm._drafting.costs.curve.items()}
+            curve = {w: round(c, 2) for w, c in llm._model.drafting.costs.curve.items()}
             quantization = llm.manifest.quantization
             results.append(
                 {

@@ -17,6 +17,7 @@
     ├── DeadlineError (also a TimeoutError) the time was up before there was a result
     ├── ForkError                               the model was used in a forked child
     ├── PlatformError                           this machine cannot run the runtime
+    ├── QueueFullError                          as many requests wait as may
     ├── RuntimeFailure                          ONNX Runtime refused or failed a step
     └── ExportError                             a bundle cannot be made
         ├── CheckpointError (also a BundleError) the files that a model came in are not usable
@@ -56,6 +57,7 @@ __all__ = [
     "ManifestError",
     "MemoryLimitError",
     "PlatformError",
+    "QueueFullError",
     "RuntimeFailure",
     "SlowKernelWarning",
     "TelemetryWarning",
@@ -203,6 +205,23 @@ class ForkError(EdgeLLMError):
 
 class PlatformError(EdgeLLMError):
     """This machine cannot run the runtime."""
+
+
+class QueueFullError(EdgeLLMError):
+    """As many requests wait as may.
+
+    Args:
+        limit: Requests that may wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit} requests wait already, which is queue_limit.",
+            "Ask again later, load the model with a higher queue_limit, or give lists of prompts "
+            "to batch().",
+        )
+        self.args = (limit,)
+        self.limit = limit
 
 
 class RuntimeFailure(EdgeLLMError):  # noqa: N818 - the tree's one failure that is nobody's mistake

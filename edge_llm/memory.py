@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,10 +61,10 @@ class MemoryEstimate:
         weights_file: Pages of mapped weight files, which the system may drop and read again.
         weights_anonymous: Weights that ONNX Runtime packs into memory when it loads the model, and
             its graph.
-        kv: The key/value cache, when the context is full.
+        kv: The key/value cache, when the context of every slot is full.
         scratch: Activations of the widest step of a prompt (512 tokens, or ``prefill_chunk``) and
-            a row of logits. Slower machines take narrower steps. (Scoring texts takes up to 16 MB
-            of logits more.)
+            a row of logits of each slot. Slower machines take narrower steps. (Scoring texts takes
+            up to 16 MB of logits more.)
         runtime: Python, its libraries (their code too), and the tokenizer.
     """
 
@@ -85,6 +86,7 @@ def estimate_memory(
     context: int,
     compiled: Path | None = None,
     prefill_chunk: int | None = None,
+    slots: int = 1,
 ) -> MemoryEstimate:
     """Predict what a model will take.
 
@@ -93,6 +95,7 @@ def estimate_memory(
         context: Tokens that the cache is made for.
         compiled: Its compiled graph, where it is loaded by that.
         prefill_chunk: Tokens of a prompt to feed at once; by default the most.
+        slots: Sequences that are answered at once.
 
     Raises:
         IntegrityError: The graph cannot be read.
@@ -105,40 +108,26 @@ def estimate_memory(
     return MemoryEstimate(
         weights_file=mapped + (packed if compiled else 0),
         weights_anonymous=inline + session + (0 if compiled else packed),
-        kv=state_bytes(manifest.decoder.state, rows=1, capacity=context),
-        scratch=4 * (step * _activations(graph, manifest.dims) + manifest.dims.vocab),
+        kv=state_bytes(manifest.decoder.state, rows=slots, capacity=context),
+        scratch=4 * (step * _activations(graph, manifest.dims) + slots * manifest.dims.vocab),
         runtime=PYTHON_BYTES + TOKEN_BYTES * manifest.dims.vocab,
     )
 
 
 def fitting_context(
-    bundle: Bundle,
-    *,
-    longest: int,
-    shortest: int,
-    limit: int,
-    compiled: Path | None = None,
-    prefill_chunk: int | None = None,
+    estimate: Callable[[int], MemoryEstimate], *, longest: int, shortest: int, limit: int
 ) -> int:
-    """The largest context whose :class:`MemoryEstimate` is within a limit.
+    """The largest context that is estimated to fit within a limit.
 
     Args:
-        bundle: The model.
+        estimate: What the model takes with a context of so many tokens.
         longest: Most tokens to consider.
         shortest: Fewest tokens that will do.
         limit: Bytes.
-        compiled: As for :func:`estimate_memory`.
-        prefill_chunk: See there.
 
     Raises:
         MemoryLimitError: Not even the shortest fits.
     """
-
-    def estimate(context: int) -> MemoryEstimate:
-        return estimate_memory(
-            bundle, context=context, compiled=compiled, prefill_chunk=prefill_chunk
-        )
-
     if estimate(longest).total <= limit:
         return longest
     least = estimate(shortest)

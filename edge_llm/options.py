@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -13,13 +14,63 @@ from numpy.typing import NDArray
 from edge_llm.decoding.sampling import LogitsHook, Sampling
 from edge_llm.engine.generation import Request
 from edge_llm.errors import ArgumentError, ContextLengthError
+from edge_llm.results import RequestReport
+from edge_llm.text.chat import Tool
 
-__all__ = ["GenerateOptions", "build_request", "cancel_event", "integer", "seconds"]
+__all__ = [
+    "ChatOptions",
+    "GenerateOptions",
+    "LoadOptions",
+    "build_request",
+    "cancel_event",
+    "check_names",
+    "integer",
+    "seconds",
+]
 
 Speculation = Literal["lookup", "off"]
 
 MOST_LOGPROBS = 100
+MOST_PRIORITY = 1000
 SAMPLING_FIELDS = tuple(Sampling.__dataclass_fields__)
+
+
+class LoadOptions(TypedDict, total=False):
+    """Options of loading a model.
+
+    Attributes:
+        variant: Which graph of a transformers.js or optimum folder, by the end of its file's name
+            ("q4", "int8", "fp32"); by default the fastest on a CPU.
+        context: Most tokens of prompt and answer together; by default what was exported, but at
+            most 4,096. The key/value cache is allocated for it.
+        threads: Threads to compute with; by default one per core that this process may use.
+        slots: Requests that are computed together, each with a cache of its own: a step for many
+            answers takes little longer than one for a single answer. By default 4, or as many as
+            take a quarter of the memory that is left. (Graphs of other exporters have one.)
+        queue_limit: Requests that may wait for a slot; one more is refused (256 by default).
+        prefill_chunk: Tokens of a prompt to feed at once; by default as many as take about 150 ms.
+        cache_dir: Compile the weights into this folder (see :mod:`edge_llm.compiled`), which later
+            processes then map. Without it nothing is written; what ``edge-llm compile`` has
+            compiled is used all the same.
+        memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
+            model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
+            ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
+            then.
+        on_request: Called with a :class:`~edge_llm.results.RequestReport` when a request has ended,
+            on the engine's thread: it must be quick, and what it raises is only logged.
+        verify: Compare every file's SHA-256 first.
+    """
+
+    variant: str | None
+    context: int | None
+    threads: int | None
+    slots: int | None
+    queue_limit: int
+    prefill_chunk: int | None
+    cache_dir: str | os.PathLike[str] | None
+    memory_limit: int | str | None
+    on_request: Callable[[RequestReport], object] | None
+    verify: bool
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -50,7 +101,9 @@ class GenerateOptions(TypedDict, total=False):
             otherwise than one. Which are guessed hangs on the tokens alone, not on the clock.
         logprobs: Report each token's log-probability and those of so many alternatives.
         cancel: An event that ends the answer when it is set, inside a step too.
-        timeout: Seconds after which the answer ends, the prompt's time included.
+        timeout: Seconds after which the answer ends, waiting and the prompt's time included.
+        priority: Where requests wait, one with a higher priority (an integer, 0 by default) comes
+            first; each 5 seconds of waiting count as 1 more.
         on_prompt: Called with the prompt's tokens done and in all, before each of its chunks.
     """
 
@@ -72,7 +125,26 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     cancel: threading.Event | None
     timeout: float | None
+    priority: int
     on_prompt: Callable[[int, int], None] | None
+
+
+class ChatOptions(GenerateOptions, total=False):
+    """Options of the calls that answer a conversation: those of an answer, and how to render it.
+
+    Attributes:
+        tools: Functions that the model may call, for templates that know tools: JSON schemas, or
+            Python functions with type hints and a docstring in Google's style.
+        template: Name of the chat template; by default "tool_use" where there are tools and a
+            template of that name, and else "default".
+        template_options: What else the template reads: ``{"enable_thinking": False}``.
+        continue_final_message: Write on from the end of the last message.
+    """
+
+    tools: Sequence[Tool] | None
+    template: str | None
+    template_options: Mapping[str, Any] | None
+    continue_final_message: bool
 
 
 def build_request(
@@ -100,12 +172,7 @@ def build_request(
         ContextLengthError: Prompt and answer do not fit into the context.
         ArgumentError: An option is unknown, or outside its domain.
     """
-    for name in options:
-        if name not in GenerateOptions.__annotations__:
-            known = ", ".join(GenerateOptions.__annotations__)
-            given = options[name]  # type: ignore[literal-required]
-            domain = "left out (there is no such option)"
-            raise ArgumentError(name, domain, given, f"The options are: {known}.")
+    check_names(options, GenerateOptions)
     sampling = defaults.merged(**{name: options.get(name) for name in SAMPLING_FIELDS})
     max_tokens = integer("max_tokens", options.get("max_tokens"), 1)
     if max_tokens is None:
@@ -126,9 +193,27 @@ def build_request(
         hook=_callable("logits_hook", options.get("logits_hook")),
         cancel=cancel_event(options.get("cancel")),
         timeout=seconds("timeout", options.get("timeout")),
+        priority=integer("priority", options.get("priority"), -MOST_PRIORITY, MOST_PRIORITY) or 0,
         progress=_callable("on_prompt", options.get("on_prompt")) is not None,
         stream=stream,
     )
+
+
+def check_names(options: Mapping[str, object], known: type) -> None:
+    """Refuse an option that there is not.
+
+    Args:
+        options: As the caller gave them.
+        known: The TypedDict of those that there are.
+
+    Raises:
+        ArgumentError: There is no such option.
+    """
+    for name, given in options.items():
+        if name not in known.__annotations__:
+            domain = "left out (there is no such option)"
+            there = ", ".join(known.__annotations__)
+            raise ArgumentError(name, domain, given, f"The options are: {there}.")
 
 
 def integer(name: str, value: object, lowest: int, highest: int | None = None) -> int | None:

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from edge_llm.decoding.sampling import TokenLogprob
 
-__all__ = ["Chunk", "Completion", "FinishReason", "Score", "Timings", "Usage"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "FinishReason",
+    "RequestKind",
+    "RequestReport",
+    "Score",
+    "Timings",
+    "Usage",
+]
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+RequestKind = Literal["answer", "score", "logits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +90,21 @@ class Completion:
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
 
+    @classmethod
+    def of(cls, chunk: Chunk) -> Completion:
+        """An answer that came in one piece."""
+        assert chunk.finish_reason is not None
+        assert chunk.usage is not None
+        assert chunk.timings is not None
+        return cls(
+            text=chunk.text,
+            tokens=chunk.tokens,
+            finish_reason=chunk.finish_reason,
+            usage=chunk.usage,
+            timings=chunk.timings,
+            logprobs=chunk.logprobs,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
@@ -100,6 +125,25 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestReport:
+    """How a request ended, for whoever keeps count.
+
+    Attributes:
+        kind: What was asked for.
+        finish_reason: Of an answer that began; None of everything else.
+        usage: Tokens of an answer; None of everything else.
+        timings: Seconds of an answer; None of everything else.
+        error: What was raised in place of a result.
+    """
+
+    kind: RequestKind
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,53 +1,47 @@
-"""Steps that verify drafts: what all requests of a model share."""
+"""How many drafts a step verifies: what all requests of a model share."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from edge_llm.engine.step_costs import WIDTHS, StepCosts
 
 if TYPE_CHECKING:
+    from edge_llm.engine.job import Feed
     from edge_llm.engine.slot import Slot
 
 __all__ = ["Drafting"]
 
-# Two widths whose logits are compared, and the only one that is used where they differ.
-NARROW, WIDE = 2, 8
-ONLY_WIDTH = 4
-
-# This thread's own time leaves out when other programs had its core; on Windows it is too coarse.
-_clock = time.perf_counter if sys.platform == "win32" else time.thread_time
+# Bytes of logits that a step of several rows may give.
+LOGITS_BYTES = 16 << 20
 
 
 class Drafting:
-    """Feeds tokens and drafts, and watches what they cost.
-
-    Which width a draft gets depends on the clock, so the text must not depend on the width. It does
-    not where a step gives a token the same logits, bit for bit, at every width of choice. That is
-    tried once; where it is not so, all drafts get one width.
+    """Chooses the width of each step by what widths cost here, for each number of rows.
 
     Args:
-        costs: What steps cost on this machine.
+        costs: What steps of one row cost.
         possible: Whether the graph can verify drafts.
+        vocab: Width of the logits.
 
     Attributes:
-        costs: What steps cost on this machine.
+        costs: What steps of one row cost.
         possible: Whether the graph can verify drafts.
+        tried: Whether it is known that all widths give the same logits, or only one is used.
     """
 
-    def __init__(self, costs: StepCosts, *, possible: bool) -> None:
+    def __init__(self, costs: StepCosts, *, possible: bool, vocab: int) -> None:
         self.costs = costs
         self.possible = possible
-        self._tried = False
+        self.tried = False
+        self._most_logits = max(1, LOGITS_BYTES // (4 * vocab))
+        self._by_rows = {1: costs}
+        self._single = dict[int, float]()
 
     def most(self, slot: Slot, remaining: int) -> int:
-        """Most tokens of the next step.
+        """Most tokens of a row's next step.
 
         Near the end of the cache, and before a window moves on, drafts end as far ahead as the
         widest could reach: at the same place however wide they are. An answer's last token may be
@@ -57,24 +51,40 @@ class Drafting:
             slot: What the step adds to.
             remaining: Tokens that the answer may still get, at least 1.
         """
-        return max(1, min(slot.room - WIDTHS[-1], max(WIDTHS[0], remaining)))
+        return min(WIDTHS[-1], max(1, min(slot.room - WIDTHS[-1], max(WIDTHS[0], remaining))))
 
-    def feed(self, slot: Slot, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens; logits float32 [tokens, vocab], valid until the next step."""
-        if len(tokens) > 1 and not self._tried:
-            if not self._agree(slot, tokens):
-                self.costs.widths = (ONLY_WIDTH,)
-            self._tried = True
-        started = _clock()
-        logits = slot.feed(tokens, scored=len(tokens))
-        self.costs.observe(len(tokens), _clock() - started)
-        return logits
+    def width(self, feeds: Sequence[Feed]) -> int:
+        """Most tokens of each row in a step over these: 1, and the drafts that pay."""
+        rows = len(feeds)
+        guesses = [(feed.chance, 1 + len(feed.drafts)) for feed in feeds if feed.drafts]
+        if not guesses:
+            return 1
+        costs = self._costs(rows)
+        if rows == 1:
+            return costs.best(guesses)
+        most = self._most_logits // rows
+        return costs.best([(chance, min(own, most)) for chance, own in guesses], rows=rows)
 
-    def _agree(self, slot: Slot, tokens: Sequence[int]) -> bool:
-        """Whether two widths give the same logits; leaves nothing behind."""
-        trial = (list(tokens) * WIDE)[:WIDE]
-        narrow = slot.feed(trial[:NARROW], scored=NARROW).copy()
-        slot.drop(NARROW)
-        wide = slot.feed(trial, scored=WIDE)
-        slot.drop(WIDE)
-        return np.array_equal(narrow, wide[:NARROW])
+    def observe(self, rows: int, width: int, seconds: float) -> None:
+        """Learn what a step took."""
+        if rows in self._by_rows:
+            self._by_rows[rows].observe(width, seconds)
+        elif width == 1:
+            self._single[rows] = seconds
+
+    def _costs(self, rows: int) -> StepCosts:
+        """What steps of so many rows cost; at first, what a row of as many tokens would."""
+        if rows not in self._by_rows:
+            curve = self.costs.curve
+            guess = {width: _tokens(curve, width * rows) / _tokens(curve, rows) for width in WIDTHS}
+            single = self._single.get(rows, 1.0)
+            self._by_rows[rows] = StepCosts(single=single, curve=guess)
+        return self._by_rows[rows]
+
+
+def _tokens(curve: Mapping[int, float], count: int) -> float:
+    """The cost of a step over ``count`` tokens, on straight lines through a curve's points."""
+    points = sorted({1: 1.0, **curve}.items())
+    right = min(bisect_left(points, (count,), 1), len(points) - 1)
+    (before, low), (behind, high) = points[right - 1 : right + 1]
+    return max(low, low + (high - low) * (count - before) / (behind - before))

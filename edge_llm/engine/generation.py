@@ -19,8 +19,8 @@ from edge_llm.decoding.sampling import (
 )
 from edge_llm.decoding.speculation import PromptLookup
 from edge_llm.decoding.stops import StopMatcher
-from edge_llm.engine.job import Job
-from edge_llm.results import Chunk, FinishReason, Timings, Usage
+from edge_llm.engine.job import Feed, Job, Steps
+from edge_llm.results import Chunk, FinishReason, RequestReport, Timings, Usage
 from edge_llm.text.streaming import Detokenizer
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Request:
         hook: The user's function on the logits.
         cancel: Ends the request when it is set.
         timeout: Seconds after which the request ends.
+        priority: Of two waiting requests the one with the higher priority is served first.
         progress: Whether to report how far the prompt is.
         stream: Whether to hand over the text as it comes, or as one piece at the end.
     """
@@ -64,6 +65,7 @@ class Request:
     hook: LogitsHook | None
     cancel: threading.Event | None
     timeout: float | None
+    priority: int
     progress: bool
     stream: bool
 
@@ -101,9 +103,11 @@ class Generation(Job):
         request: What is asked for.
         tokenizer: Makes text of tokens.
         vocab: Width of the logits.
-        drafting: Verifies drafts; None where the graph cannot.
+        drafting: Whether drafts are of use, and how many.
         load_seconds: What loading the model took.
     """
+
+    kind = "answer"
 
     def __init__(
         self,
@@ -114,7 +118,12 @@ class Generation(Job):
         drafting: Drafting,
         load_seconds: float,
     ) -> None:
-        super().__init__(cancel=request.cancel, timeout=request.timeout)
+        super().__init__(
+            cancel=request.cancel,
+            timeout=request.timeout,
+            prompt=request.prompt,
+            priority=request.priority,
+        )
         self._request = request
         self._sampler = Sampler(
             request.sampling,
@@ -135,43 +144,42 @@ class Generation(Job):
         self._writer = _Writer(tokenizer, request)
         self._load_seconds = load_seconds
         self._clock = _Clock(self.created)
-        self._answered = 0
         self._reused = 0
+        self._last_part: _Part | None = None
         # What was not handed over yet: by the engine, and by the caller's side.
         self._part = _Part([], [], "" if request.stops else None)
         self._held = _Part([], [], None)
 
-    def run(self, slot: Slot) -> None:
+    def steps(self, slot: Slot) -> Steps:
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
-        prompt = self._request.prompt
+        prompt = self.prompt
         self._reused = slot.rewind(prompt)
-        logits = slot.prefill(prompt, between=self._between_chunks)
+        logits = None
+        while logits is None:
+            if self._request.progress:
+                self.put(PromptProgress(slot.length, len(prompt)))
+            logits = yield Feed(prompt[slot.length :], divisible=True)
         self._clock.prompted = time.perf_counter()
-        if logits is None:
-            self._end(self.ended() or "cancelled")
-            return
-        rows = logits[None]
         while True:
-            slot.drop(self.consume(rows))
+            slot.drop(self.consume(logits))
             if self._reason:
                 self._end(self._reason)
                 return
             if self._request.stream:
                 self.put(self._part)
                 self._part = _Part([], [], "" if self._request.stops else None)
-            rows = self._drafting.feed(slot, self.wanted(slot))
+            logits = yield self.wanted(slot)
+            assert logits is not None
 
-    def wanted(self, slot: Slot) -> list[int]:
-        """The tokens to feed next, of which all are scored: the last one, and drafts behind it."""
-        self._drafts = []
-        if self._lookup is not None and self._lookup.active and self._drafting.costs.pays:
-            most = self._drafting.most(slot, self._request.max_tokens - self._answered)
-            most = min(most, self._lookup.proven)
-            width = self._drafting.costs.best(self._lookup.chance, most)
-            self._drafts = self._lookup.draft(width - 1)
-            self._drafted += width - 1
-        return [self._last, *self._drafts]
+    def wanted(self, slot: Slot) -> Feed:
+        """What to feed next: the last token, and drafts behind it."""
+        lookup, self._drafts = self._lookup, []
+        if lookup is None or not lookup.active or not self._drafting.costs.pays:
+            return Feed([self._last])
+        most = self._drafting.most(slot, self._request.max_tokens - self.answered)
+        self._drafts = lookup.draft(min(most, lookup.proven) - 1)
+        return Feed([self._last], drafts=self._drafts, chance=lookup.chance)
 
     def consume(self, logits: NDArray[np.float32]) -> int:
         """Take tokens up to the first one that was not drafted, or that ends the answer.
@@ -182,11 +190,14 @@ class Generation(Job):
         Each token takes one draw as in plain decoding, so that a seed gives the same text.
 
         Args:
-            logits: float32 [wanted tokens, vocab], behind each of them.
+            logits: float32 [1 + drafts, vocab], behind the last token and those drafts that were
+                fed.
 
         Returns:
             How many of the fed tokens to drop from the cache.
         """
+        del self._drafts[len(logits) - 1 :]
+        self._drafted += len(self._drafts)
         for taken, row in enumerate(logits):
             self._last = self._choose(row)
             self._reason = self._take(self._last) or self.ended()
@@ -223,13 +234,8 @@ class Generation(Job):
             timings=result.timings,
         )
 
-    def _between_chunks(self, done: int) -> bool:
-        if self._request.progress:
-            self.put(PromptProgress(done, len(self._request.prompt)))
-        return self.ended() is not None
-
     def _choose(self, logits: NDArray[np.float32]) -> int:
-        early = self._answered < self._request.min_tokens
+        early = self.answered < self._request.min_tokens
         token = self._sampler.sample(logits, forbidden=self._forbidden if early else ())
         if self._request.logprobs is not None:
             self._part.logprobs.append(token_logprobs(logits, token, self._request.logprobs))
@@ -241,7 +247,7 @@ class Generation(Job):
         self._sampler.accept(token)
         if self._lookup is not None:
             self._lookup.accept(token)
-        self._answered += 1
+        self.answered += 1
         self._part.tokens.append(token)
         if token in self._request.ending:
             return "stop"
@@ -249,25 +255,33 @@ class Generation(Job):
             self._part = replace(self._part, text=self._part.text + self._writer.push(token))
             if self._writer.stopped:
                 return "stop"
-        return "length" if self._answered == self._request.max_tokens else None
+        return "length" if self.answered == self._request.max_tokens else None
+
+    def report(self, error: BaseException | None) -> RequestReport:
+        """How the answer ended, for whoever keeps count."""
+        last = self._last_part
+        if last is None or error is not None:
+            return RequestReport(kind=self.kind, error=error)
+        return RequestReport(
+            kind=self.kind, finish_reason=last.reason, usage=last.usage, timings=last.timings
+        )
 
     def _end(self, reason: FinishReason) -> None:
         text = self._part.text
-        self.put(
-            replace(
-                self._part,
-                text=None if text is None else text + self._writer.flush(),
-                reason=reason,
-                usage=Usage(
-                    prompt_tokens=len(self._request.prompt),
-                    reused_tokens=self._reused,
-                    completion_tokens=self._answered,
-                    drafted_tokens=self._drafted,
-                    accepted_tokens=self._accepted,
-                ),
-                timings=self._clock.timings(self._load_seconds, self._answered),
-            )
+        self._last_part = replace(
+            self._part,
+            text=None if text is None else text + self._writer.flush(),
+            reason=reason,
+            usage=Usage(
+                prompt_tokens=len(self._request.prompt),
+                reused_tokens=self._reused,
+                completion_tokens=self.answered,
+                drafted_tokens=self._drafted,
+                accepted_tokens=self._accepted,
+            ),
+            timings=self._clock.timings(self._load_seconds, self.answered),
         )
+        self.put(self._last_part)
 
 
 class _Writer:

@@ -2,50 +2,118 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from edge_llm.results import FinishReason
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.results import FinishReason, RequestKind, RequestReport
 
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["Job"]
+__all__ = ["Feed", "Job", "Steps"]
 
 # How often a waiting caller looks at its cancel event and its deadline. Short enough to act at
 # once; and on Windows a wait without end could not be interrupted from the keyboard.
 POLL_SECONDS = 0.05
 
+NO_TOKENS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What a job wants computed next.
+
+    Attributes:
+        tokens: To append to the job's row, at least one.
+        scored: How many of the last ones to give logits for.
+        divisible: Whether the engine may feed only the first of them. Then it sends None in place
+            of logits, and the job asks for the rest.
+        drafts: Guesses at what follows. The engine feeds as many of the first ones as pay, and
+            gives logits for each.
+        chance: Of each draft to come true, if the one before it did.
+    """
+
+    tokens: Sequence[int] | NDArray[np.int64]
+    scored: int = 1
+    divisible: bool = False
+    drafts: Sequence[int] = ()
+    chance: float = 0.0
+
+    @property
+    def single(self) -> bool:
+        """Whether this is the next token of an answer, which a step computes for many rows."""
+        return len(self.tokens) == 1
+
+
+Steps = Generator[Feed, NDArray[np.float32] | None, None]
+"""A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab]."""
+
 
 class Job(ABC):
     """A unit of work with a way to end it early.
 
-    The engine calls :meth:`run` on its own thread; what it puts is read by :meth:`results` on the
-    caller's. A caller that reads slowly holds nobody up: what was put waits for it.
+    The engine runs :meth:`steps` on its own thread, step by step among those of other jobs; what it
+    puts is read by :meth:`results` on the caller's. A caller that reads slowly holds nobody up:
+    what was put waits for it.
 
     Args:
         cancel: An event of the caller's that ends the job when it is set.
         timeout: Seconds from now after which the job ends.
+        prompt: int64 [tokens]: what the job will feed first; a row that holds the longest part of
+            it will be chosen.
+        priority: Of two waiting jobs the one with the higher priority is served first.
+
+    Attributes:
+        created: When it was, in seconds of time.perf_counter().
+        answered: Tokens of an answer that were chosen so far.
+        notify: Called, on the engine's thread, when a result was put.
     """
 
-    def __init__(self, *, cancel: threading.Event | None, timeout: float | None) -> None:
+    kind: ClassVar[RequestKind]
+
+    def __init__(
+        self,
+        *,
+        cancel: threading.Event | None,
+        timeout: float | None,
+        prompt: NDArray[np.int64] = NO_TOKENS,
+        priority: int = 0,
+    ) -> None:
         self.created = time.perf_counter()
+        self.answered = 0
+        self.prompt = prompt
+        self.priority = priority
+        self.notify: Callable[[], object] | None = None
         self._cancel = cancel
         self._deadline = None if timeout is None else self.created + timeout
         self._abandoned = False
         self._results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     @abstractmethod
-    def run(self, slot: Slot) -> None:
-        """Do the work; put results; stop between two steps once :meth:`ended` says so."""
+    def steps(self, slot: Slot) -> Steps:
+        """Do the work on a row; put results. It may be closed between any two steps."""
 
     @abstractmethod
     def interrupted(self) -> None:
-        """Put the last result after a step was ended in the middle, or before the first one."""
+        """Put the last result after the work was ended early, or before it began."""
+
+    def report(self, error: BaseException | None) -> RequestReport:
+        """How the work ended, for whoever keeps count."""
+        return RequestReport(kind=self.kind, error=error)
+
+    def waited(self) -> float:
+        """Seconds since the job was made."""
+        return time.perf_counter() - self.created
 
     def ended(self) -> FinishReason | None:
         """Why the job should stop now, if it should."""
@@ -62,10 +130,12 @@ class Job(ABC):
     def put(self, result: object) -> None:
         """Hand a result to the caller."""
         self._results.put(result)
+        if self.notify is not None:
+            self.notify()
 
     def finish(self, error: BaseException | None = None) -> None:
         """Tell the caller that there is no more, or that the work failed."""
-        self._results.put(_End(error))
+        self.put(_End(error))
 
     def results(self, interrupt: Callable[[], None]) -> Iterator[object]:
         """The results in order, as they come.
@@ -74,7 +144,7 @@ class Job(ABC):
             interrupt: Called when the job is to stop, so that a running step ends early.
 
         Raises:
-            BaseException: What :meth:`run` raised.
+            BaseException: What :meth:`steps` raised.
         """
         while True:
             try:
@@ -83,11 +153,33 @@ class Job(ABC):
                 if self.ended():
                     interrupt()
                 continue
-            if isinstance(result, _End):
-                if result.error is not None:
-                    raise result.error
+            if _is_end(result):
                 return
             yield result
+
+    async def aresults(
+        self, came: asyncio.Event, interrupt: Callable[[], None]
+    ) -> AsyncIterator[object]:
+        """The results in order, as they come, on an event loop.
+
+        Args:
+            came: Set behind each result, by :attr:`notify`.
+            interrupt: Called when the job is to stop, so that a running step ends early.
+
+        Raises:
+            BaseException: What :meth:`steps` raised.
+        """
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(came.wait(), POLL_SECONDS)
+            came.clear()
+            while not self._results.empty():
+                result = self._results.get_nowait()
+                if _is_end(result):
+                    return
+                yield result
+            if self.ended():
+                interrupt()
 
 
 class _End:
@@ -95,3 +187,16 @@ class _End:
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
+
+
+def _is_end(result: object) -> bool:
+    """Whether there are no more results.
+
+    Raises:
+        BaseException: What ended them.
+    """
+    if not isinstance(result, _End):
+        return False
+    if result.error is not None:
+        raise result.error
+    return True

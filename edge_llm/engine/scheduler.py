@@ -1,40 +1,86 @@
-"""The engine: one thread that owns the model and does one job after the other."""
+"""The engine: one thread that owns the model and serves many jobs step by step."""
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
-from edge_llm.engine.job import Job
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.engine.job import Feed, Job, Steps
 from edge_llm.engine.slot import Slot
+from edge_llm.engine.slots import Slots
+from edge_llm.engine.statistics import EngineStats, Recorder
+from edge_llm.engine.stepper import Stepper
+from edge_llm.engine.waiting import WaitingJobs
 from edge_llm.errors import ArgumentError, ClosedError, ForkError
+from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("edge_llm")
 
+# Of several prompts the one with the least left gets the next chunk, so that a short question need
+# not wait for a long document; but every so many chunks the oldest gets it, however long it is.
+OLDEST_EVERY = 4
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A job that has a row."""
+
+    job: Job
+    slot: Slot
+    steps: Steps
+    feed: Feed
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    decoder: Decoder
+    stepper: Stepper
+    slots: Slots
+
 
 class Engine:
-    """Runs jobs in the order in which they came, on a thread of its own.
+    """Computes the jobs of all callers together, on a thread of its own.
 
     The step loop lives here and nowhere else, so a caller that is slow to read its answer holds up
-    nobody, and requests of several threads need no further care.
+    nobody, and requests of several threads need no further care. Each turn of it is one step for
+    the next tokens of all answers, and one chunk of one prompt: no answer waits for more than that.
 
     Args:
         decoder: The model.
-        slot: The row that jobs work on.
+        stepper: Feeds it.
+        slots: Its rows.
+        queue_limit: Most jobs that wait for a row.
+        on_request: Called on the engine's thread when a job has ended; what it raises is logged.
     """
 
-    def __init__(self, decoder: Decoder, slot: Slot) -> None:
-        self._decoder: Decoder | None = decoder
-        self._slot: Slot | None = slot
+    def __init__(
+        self,
+        decoder: Decoder,
+        stepper: Stepper,
+        slots: Slots,
+        *,
+        queue_limit: int,
+        on_request: Callable[[RequestReport], object] | None = None,
+    ) -> None:
+        # What a closed engine lets go of: weights and cache.
+        self._model: _Model | None = _Model(decoder, stepper, slots)
+        self._size = len(slots.all)
+        self._on_request = on_request
         self._pid = os.getpid()
-        self._waiting: collections.deque[Job] = collections.deque()
-        self._current: Job | None = None
+        self._waiting = WaitingJobs(queue_limit)
+        self._running: list[_Running] = []
+        self._stepping: Sequence[_Running] = ()
+        self._chunks = 0
+        self._recorder = Recorder()
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
@@ -43,15 +89,50 @@ class Engine:
         """Queue a job and give its results as they come; leaving early ends the job.
 
         Raises:
+            QueueFullError: As many jobs wait as may.
             ClosedError: The engine was closed.
             ForkError: This process was forked from the one that loaded the model.
         """
         try:
-            self._submit(job)
-            yield from job.results(lambda: self._interrupt(job))
+            self.submit(job)
+            yield from job.results(lambda: self.interrupt(job))
         finally:
-            job.abandon()
-            self._interrupt(job)
+            self.abandon(job)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job, whose results can be read then; the errors are those of :meth:`execute`."""
+        self.check_usable()  # in a forked child the lock may never be released
+        with self._changed:
+            self.check_usable()
+            self._waiting.add(job)
+            if self._thread is None:
+                # A daemon, for Python waits for other threads before it runs exit handlers: it is
+                # the exit handler that ends this thread and waits for it.
+                self._thread = threading.Thread(
+                    target=self._loop, name="edge_llm-engine", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def abandon(self, job: Job) -> None:
+        """End a job whose results nobody will read; one that has ended already stays as it is."""
+        job.abandon()
+        self.interrupt(job)
+
+    def interrupt(self, job: Job) -> None:
+        """Have a job that is to end do so soon.
+
+        A waiting one ends at once; one that works behind this step, or inside it where nobody else
+        waits for the step.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._drop(job)
+            else:
+                self._end_step()
 
     def check_usable(self) -> None:
         """Refuse work that could only hang.
@@ -78,76 +159,174 @@ class Engine:
                 "Load a second model for it.",
             )
 
+    def stats(self) -> EngineStats:
+        """What the engine has done and is doing."""
+        with self._changed:
+            return self._recorder.snapshot(
+                slots=self._size, running=len(self._running), waiting=len(self._waiting)
+            )
+
     def close(self) -> None:
         """End all jobs and the thread; may be called again, and from any thread."""
         if os.getpid() != self._pid:
             return
         with self._changed:
             self._closed.set()
-            while self._waiting:
-                self._waiting.popleft().finish(
-                    ClosedError("The model was closed while the request waited.")
-                )
-            if self._current is not None:
-                self._current.abandon()
-                self._interrupt(self._current)
+            for job in self._waiting.clear():
+                job.finish(ClosedError("The model was closed while the request waited."))
+            for one in self._running:
+                one.job.abandon()
+            self._end_step()
             self._changed.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None:
+            self._model = None
+        elif thread is not threading.current_thread():
             thread.join()
-        self._decoder = self._slot = None  # frees the weights and the cache
 
-    def _submit(self, job: Job) -> None:
-        self.check_usable()  # in a forked child the lock may never be released
-        with self._changed:
-            self.check_usable()
-            if self._thread is None:
-                # A daemon, for Python waits for other threads before it runs exit handlers: it is
-                # the exit handler that ends this thread and waits for it.
-                self._thread = threading.Thread(
-                    target=self._loop, name="edge_llm-engine", daemon=True
-                )
-                self._thread.start()
-            self._waiting.append(job)
-            self._changed.notify_all()
+    def _end_step(self) -> None:
+        """End the running step if nobody wants it any more; the lock is held."""
+        if self._stepping and all(one.job.ended() for one in self._stepping):
+            assert self._model is not None
+            self._model.decoder.interrupt()
 
-    def _interrupt(self, job: Job) -> None:
-        """End the running step if it is this job's; a waiting job is dropped."""
-        if os.getpid() != self._pid:
-            return
-        with self._changed:
-            if job is self._current and self._decoder is not None:
-                self._decoder.interrupt()
-            elif job in self._waiting:
-                self._waiting.remove(job)
-                job.interrupted()
-                job.finish()
+    def _drop(self, job: Job) -> None:
+        """End a job that never began."""
+        try:
+            job.interrupted()
+        except BaseException as error:
+            job.finish(error)
+        else:
+            job.finish()
 
     def _loop(self) -> None:
-        decoder, slot = self._decoder, self._slot
-        assert decoder is not None
-        assert slot is not None
-        while True:
+        model = self._model
+        assert model is not None
+        while self._gather(model.slots):
+            self._turn(model)
+        for one in list(self._running):
+            self._end(one, ClosedError("The model was closed during the request."))
+        self._model = None
+
+    def _gather(self, slots: Slots) -> bool:
+        """Wait for work and give rows to jobs that wait; False when the engine is closed."""
+        with self._changed:
+            while not self._waiting and not self._running and not self._closed.is_set():
+                self._changed.wait()
+            if self._closed.is_set():
+                return False
+            admitted = list(self._admit(slots))
+        for job, slot in admitted:
+            self._start(job, slot)
+        return True
+
+    def _admit(self, slots: Slots) -> Generator[tuple[Job, Slot], None, None]:
+        for job in self._waiting:
+            if job.ended():
+                self._waiting.remove(job)
+                self._drop(job)
+            elif (slot := slots.take(job.prompt)) is not None:
+                self._waiting.remove(job)
+                yield job, slot
+
+    def _start(self, job: Job, slot: Slot) -> None:
+        one = _Running(job, slot, job.steps(slot), Feed(()))
+        with self._changed:
+            self._running.append(one)
+        self._recorder.queued_seconds += job.waited()
+        self._advance(one, None)
+
+    def _turn(self, model: _Model) -> None:
+        """One step for all answers, and one chunk of a prompt."""
+        for one in list(self._running):
+            if one.job.ended():
+                self._end_early(one)
+        answering = [one for one in self._running if one.feed.single]
+        prompting = [one for one in self._running if not one.feed.single]
+        if answering:
+            if len(answering) > 1:
+                model.slots.close_gap([one.slot for one in answering])
+            slots, feeds = [one.slot for one in answering], [one.feed for one in answering]
+            self._step(model, answering, lambda: model.stepper.answer(slots, feeds))
+        if prompting:
+            one = self._next_prompt(prompting)
+            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, one.feed)])
+
+    def _next_prompt(self, prompting: list[_Running]) -> _Running:
+        self._chunks += 1
+        if self._chunks % OLDEST_EVERY == 0:
+            return prompting[0]
+        return min(prompting, key=lambda one: len(one.feed.tokens))
+
+    def _step(
+        self,
+        model: _Model,
+        group: list[_Running],
+        compute: Callable[[], Sequence[NDArray[np.float32] | None]],
+    ) -> None:
+        """Run the graph for some jobs, and let each go on with its logits."""
+        with self._changed:
+            model.decoder.resume()
+            self._stepping = group
+            self._end_step()  # whoever asked for it since this turn began
+            self._recorder.add(steps=1, step_rows=len(group))
+        error: BaseException | None = None
+        results: Sequence[NDArray[np.float32] | None] = ()
+        try:
+            results = compute()
+        except Interrupted:
+            pass
+        except BaseException as failure:
+            error = failure
+        finally:
             with self._changed:
-                while not self._waiting and not self._closed.is_set():
-                    self._changed.wait()
-                if self._closed.is_set():
-                    return
-                job = self._current = self._waiting.popleft()
-                decoder.resume()
-            error: BaseException | None = None
+                self._stepping = ()
+        if error is not None:
+            for one in group:
+                self._end(one, error)
+        elif not results:
+            for one in group:
+                self._end_early(one)
+        before = sum(one.job.answered for one in group)
+        for one, logits in zip(group, results, strict=False):
+            self._advance(one, logits)
+        with self._changed:
+            self._recorder.chosen(sum(one.job.answered for one in group) - before)
+
+    def _advance(self, one: _Running, logits: NDArray[np.float32] | None) -> None:
+        """Let a job take its logits and say what it wants next."""
+        try:
+            one.feed = one.steps.send(logits)
+        except StopIteration:
+            self._end(one)
+        except BaseException as error:
+            # Whatever went wrong belongs to the caller; the engine lives on.
+            self._end(one, error)
+
+    def _end_early(self, one: _Running) -> None:
+        try:
+            one.steps.close()
+            one.job.interrupted()
+        except BaseException as error:
+            self._end(one, error)
+        else:
+            self._end(one)
+
+    def _end(self, one: _Running, error: BaseException | None = None) -> None:
+        """Give a job's row back and tell its caller that it has ended."""
+        if error is not None:
+            log.debug("a request failed", exc_info=error)
+        report = one.job.report(error)
+        with self._changed:
+            self._running.remove(one)
+            assert self._model is not None
+            self._model.slots.release(one.slot)
+            self._recorder.ended(report)
+            if error is None and self._closed.is_set():
+                error = ClosedError("The model was closed during the request.")
+        if self._on_request is not None:
             try:
-                try:
-                    job.run(slot)
-                except Interrupted:
-                    job.interrupted()
-            except BaseException as failure:
-                # Whatever went wrong belongs to the caller; the engine lives on.
-                log.debug("a request failed", exc_info=True)
-                error = failure
-            with self._changed:
-                self._current = None
-                if error is None and self._closed.is_set():
-                    error = ClosedError("The model was closed during the request.")
-            job.finish(error)
-            del job, error
+                self._on_request(report)
+            except Exception:
+                log.exception("on_request failed")
+        one.job.finish(error)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.engine.job import Job
-from edge_llm.results import FinishReason
+from edge_llm.engine.job import Feed, Job, Steps
+from edge_llm.errors import CancelledError, DeadlineError
+from edge_llm.results import FinishReason, Score
 
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
@@ -62,6 +63,8 @@ class Scoring(Job):
         timeout: Seconds after which the job ends.
     """
 
+    kind = "score"
+
     def __init__(
         self,
         tokens: NDArray[np.int64],
@@ -71,26 +74,45 @@ class Scoring(Job):
         timeout: float | None,
     ) -> None:
         super().__init__(cancel=cancel, timeout=timeout)
+        self._timeout = timeout
         self._tokens = tokens
         self._width = scored_width(vocab)
 
-    def run(self, slot: Slot) -> None:
+    def steps(self, slot: Slot) -> Steps:
         """Feed all tokens but the last, and look up each next one in the logits."""
         slot.clear()
         inputs, targets = self._tokens[:-1], self._tokens[1:]
         scores = np.empty(len(targets), np.float64)
         for start in range(0, len(inputs), self._width):
-            if self.ended():
-                self.interrupted()
-                return
             part = slice(start, start + self._width)
             chunk = inputs[part]
-            scores[part] = log_probabilities(slot.feed(chunk, scored=len(chunk)), targets[part])
+            logits = yield Feed(chunk, scored=len(chunk))
+            assert logits is not None
+            scores[part] = log_probabilities(logits, targets[part])
         self.put(ScoreEnd(scores, None))
 
     def interrupted(self) -> None:
         """Put the reason in place of scores."""
         self.put(ScoreEnd(np.empty(0), self.ended() or "cancelled"))
+
+    def score(self, end: object) -> Score:
+        """The caller's result.
+
+        Args:
+            end: What was put.
+
+        Raises:
+            DeadlineError: The time was up.
+            CancelledError: The work was cancelled.
+        """
+        assert isinstance(end, ScoreEnd)
+        if end.reason == "timeout":
+            raise DeadlineError(
+                f"Scoring took longer than {self._timeout} seconds.", "Allow it more."
+            )
+        if end.reason is not None:
+            raise CancelledError("Scoring was cancelled.")
+        return Score(tokens=tuple(self._tokens.tolist()), logprobs=tuple(end.logprobs.tolist()))
 
 
 class Distributions(Job):
@@ -106,24 +128,28 @@ class Distributions(Job):
         continued: How many leading tokens the job before was given; 0 starts afresh.
     """
 
+    kind = "logits"
+
     def __init__(self, tokens: NDArray[np.int64], *, last: int, continued: int) -> None:
-        super().__init__(cancel=None, timeout=None)
         assert 0 <= continued <= len(tokens) - last < len(tokens)
+        # Of a row no more than this is kept, so what is reused does not hang on other requests.
+        super().__init__(
+            cancel=None, timeout=None, prompt=tokens[: continued + 2 if continued else 0]
+        )
         self._tokens = tokens
         self._last = last
         self._continued = continued
 
-    def run(self, slot: Slot) -> None:
+    def steps(self, slot: Slot) -> Steps:
         """Feed what the cache does not hold, all but the last tokens without logits."""
-        if not self._continued or slot.rewind(self._tokens) != self._continued:
+        if not self._continued or slot.rewind(self.prompt) != self._continued:
             slot.clear()  # what is reused would depend on who asked for what before
         unscored = self._tokens[slot.length : -self._last]
         for piece in even_pieces(unscored, WIDEST):
-            if self.ended():
-                self.interrupted()
-                return
-            slot.feed(piece, scored=0)
-        self.put(slot.feed(self._tokens[-self._last :], scored=self._last).copy())
+            yield Feed(piece, scored=0)
+        logits = yield Feed(self._tokens[-self._last :], scored=self._last)
+        assert logits is not None
+        self.put(logits.copy())
 
     def interrupted(self) -> None:
         """Put nothing in place of logits."""

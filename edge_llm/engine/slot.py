@@ -2,99 +2,91 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.engine.chunking import ChunkPlanner
-from edge_llm.runtime.decoder import Decoder
+from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["Slot"]
+__all__ = ["Slot", "common_prefix"]
 
 
 class Slot:
-    """Feeds prompts in chunks and answers token by token, and remembers what is in the cache.
+    """Remembers what is in a row of the cache.
 
     Args:
-        decoder: The model.
-        planner: Sizes of chunks.
+        cache: The decoder's state.
+        row: Which row of it; moves when the engine closes a gap between two rows.
     """
 
-    def __init__(self, decoder: Decoder, planner: ChunkPlanner) -> None:
-        self._decoder = decoder
-        self._planner = planner
+    def __init__(self, cache: StateCache, row: int) -> None:
+        self.row = row
+        self._cache = cache
         # What the cache's row holds: the first `length` entries.
-        self._held = np.zeros(decoder.cache.capacity, np.int64)
+        self._held = np.zeros(cache.capacity, np.int64)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
-        return int(self._decoder.cache.lengths[0])
+        """Tokens in the row."""
+        return int(self._cache.lengths[self.row])
 
     @property
     def room(self) -> int:
         """Tokens that can be appended and all be dropped again."""
-        return self._decoder.cache.room(0)
+        return self._cache.room(self.row)
+
+    @property
+    def held(self) -> NDArray[np.int64]:
+        """The row's tokens, int64 [length]."""
+        return self._held[: self.length]
 
     def drop(self, count: int) -> None:
         """Take back the last ``count`` tokens, of which there was :attr:`room` before them."""
         if count:
             length = self.length - count
-            left = self._decoder.cache.truncate(0, length)
+            left = self._cache.truncate(self.row, length)
             assert left == length
 
     def rewind(self, prompt: NDArray[np.int64]) -> int:
-        """Keep the longest common prefix of the cache and ``prompt``, drop the rest.
+        """Keep the longest common prefix of the row and ``prompt``, drop the rest.
 
         The prompt's last token is left to be computed, for its logits, and the one before it too:
         a token alone takes another kernel, which rounds otherwise, and the same prompt shall give
         the same logits however much of it is reused.
 
         Returns:
-            How many tokens of the prompt are in the cache; none where what comes behind them
-            cannot be dropped from a window.
+            How many of the prompt's tokens are in the row; none where what comes behind them cannot
+            be dropped from a window.
         """
-        limit = min(self.length, max(0, len(prompt) - 2))
-        different = np.flatnonzero(self._held[:limit] != prompt[:limit])
-        common = int(different[0]) if len(different) else limit
-        return self._decoder.cache.truncate(0, common)
+        return self._cache.truncate(self.row, self.reusable(prompt))
+
+    def reusable(self, prompt: NDArray[np.int64]) -> int:
+        """Tokens of a prompt that :meth:`rewind` would keep where the row can be rolled back."""
+        return min(common_prefix(self.held, prompt), max(0, len(prompt) - 2))
 
     def clear(self) -> None:
         """Forget everything."""
-        self._decoder.cache.truncate(0, 0)
+        self._cache.truncate(self.row, 0)
 
-    def feed(
-        self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
-    ) -> NDArray[np.float32]:
-        """Append tokens; logits float32 [scored, vocab] of the last ones, valid until the next."""
+    def note(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
+        """Remember tokens that the next step appends."""
         start = self.length
         self._held[start : start + len(tokens)] = tokens
-        return self._decoder.step(tokens, scored=scored)
 
-    def prefill(
-        self, prompt: NDArray[np.int64], *, between: Callable[[int], bool]
-    ) -> NDArray[np.float32] | None:
-        """Feed what the cache does not hold of ``prompt``, in chunks.
+    def copy(self, other: Slot, length: int) -> None:
+        """Take over the first ``length`` tokens of another row, or none where they are gone."""
+        kept = self._cache.copy(other.row, self.row, length)
+        self._held[:kept] = other._held[:kept]
 
-        Args:
-            prompt: All tokens of the prompt; the cache holds a proper prefix of it.
-            between: Called before each chunk with the number of tokens done; True stops.
+    def swap(self, other: Slot) -> None:
+        """Change places with a row that nobody needs: this one's content is in both then."""
+        other.copy(self, self.length)
+        self.row, other.row = other.row, self.row
 
-        Returns:
-            Logits of the last token, float32 [vocab], or None if it was stopped.
-        """
-        done = self.length
-        while True:
-            if between(done):
-                return None
-            chunk = self._planner.next(len(prompt) - done)
-            last = done + chunk == len(prompt)
-            started = time.perf_counter()
-            logits = self.feed(prompt[done : done + chunk], scored=int(last))
-            self._planner.observe(chunk, time.perf_counter() - started)
-            done += chunk
-            if last:
-                row: NDArray[np.float32] = logits[0]
-                return row
+
+def common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """How many leading tokens are the same."""
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter

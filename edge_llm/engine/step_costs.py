@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 __all__ = ["WIDTHS", "StepCosts"]
 
@@ -28,10 +28,10 @@ SUREST = 0.99
 class StepCosts:
     """Learns from the steps themselves what a width costs, and which width pays most.
 
-    One object serves all requests of a model.
+    One object serves all requests of a model, for steps of so many rows.
 
     Args:
-        single: Seconds that a step over one token takes.
+        single: Seconds that a step over one token of each row takes.
         curve: Costs by width, relative to one token, to start from.
 
     Attributes:
@@ -68,24 +68,30 @@ class StepCosts:
         if again or width > 1:
             self._settle()
 
-    def best(self, chance: float, most: int) -> int:
-        """The width that gives the most tokens in its time; 1 where none fits.
+    def best(self, guesses: Iterable[tuple[float, int]], *, rows: int = 1) -> int:
+        """The width that gives the most tokens in its time.
 
         Args:
-            chance: Of each draft token to come true, if the one before it did.
-            most: Most tokens of the step.
+            guesses: Of each row that has drafts: the chance of each one to come true, if the one
+                before it did, and the most tokens that the row can take in a step.
+            rows: Rows of the step. One row alone gets the best width of those that fit, and 1 only
+                where none does: which tokens are computed in a step of several must not hang on the
+                clock, for one token alone rounds otherwise.
         """
-        fitting = [width for width in self.widths if width <= most]
-        return max(fitting, key=lambda width: self._gain(chance, width), default=1)
+        guesses = list(guesses)
+        longest = max((most for _, most in guesses), default=1)
+        fitting = [width for width in self.widths if width <= longest]
+        if rows > 1:
+            fitting.insert(0, 1)
+        return max(fitting, key=lambda width: self._speed(guesses, rows, width), default=1)
 
-    def _gain(self, chance: float, width: int) -> float:
-        """Tokens that a step is expected to give, in the time of one token.
+    def _speed(self, guesses: list[tuple[float, int]], rows: int, width: int) -> float:
+        """Tokens of a step in the time of a step of width 1."""
+        tokens = sum(_expected(chance, min(width, most)) for chance, most in guesses)
+        return (tokens + rows - len(guesses)) / self._cost(width)
 
-        With a chance of a for each of w - 1 drafts they are 1 + a + ... + a^(w - 1) (Leviathan et
-        al. 2023, arXiv:2211.17192, equation 1).
-        """
-        chance = min(chance, SUREST)
-        return (1 - chance**width) / (1 - chance) / self._curve[width]
+    def _cost(self, width: int) -> float:
+        return 1.0 if width == 1 else self._curve[width]
 
     def _settle(self) -> None:
         """Take over what was measured."""
@@ -96,7 +102,19 @@ class StepCosts:
             else self._start[width]
             for width in WIDTHS
         }
-        self.pays = max(self._gain(COPY, width) for width in self.widths) >= LEAST_GAIN
+        self.pays = (
+            max(_expected(COPY, width) / self._cost(width) for width in self.widths) >= LEAST_GAIN
+        )
+
+
+def _expected(chance: float, width: int) -> float:
+    """Tokens that a step is expected to give.
+
+    With a chance of a for each of w - 1 drafts they are 1 + a + ... + a^(w - 1) (Leviathan et al.
+    2023, arXiv:2211.17192, equation 1).
+    """
+    chance = min(chance, SUREST)
+    return (1.0 - chance**width) / (1.0 - chance)
 
 
 def _typical(seconds: collections.deque[float]) -> float:

@@ -43,6 +43,13 @@ class StateCache(Protocol):
     def room(self, row: int) -> int:
         """Tokens that a row can be given so that all of them can be taken back."""
 
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Let a row hold what the first ``length`` tokens of another one are.
+
+        Returns:
+            What it holds then: ``length``, or 0 where something of them is no longer there.
+        """
+
 
 class Decoder(Protocol):
     """Feeds tokens to a graph and gives logits, in buffers that are allocated once."""
@@ -50,6 +57,10 @@ class Decoder(Protocol):
     @property
     def cache(self) -> StateCache:
         """What the graph has seen of each row."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are held at once."""
 
     @property
     def widest(self) -> int:
@@ -62,7 +73,7 @@ class Decoder(Protocol):
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
     ) -> NDArray[np.float32]:
-        """Append tokens to the sequence and give the logits of the last ``scored`` of them.
+        """Append tokens to the first row and give the logits of the last ``scored`` of them.
 
         Args:
             tokens: New tokens, at least one; they must fit into the cache.
@@ -70,6 +81,31 @@ class Decoder(Protocol):
 
         Returns:
             float32 [scored, vocab]: a view of a buffer that the next step overwrites.
+
+        Raises:
+            Interrupted: :meth:`interrupt` was called.
+            RuntimeFailure: ONNX Runtime failed.
+        """
+
+    def step_rows(
+        self,
+        tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        scored: Sequence[int],
+        first: int = 0,
+    ) -> NDArray[np.float32]:
+        """Append tokens to rows that lie beside each other, to each its own.
+
+        Args:
+            tokens: New tokens of row ``first``, ``first + 1`` and so on, of any lengths; a row that
+                gets none stays as it is. At least one gets some. They are padded to the longest,
+                for which each row that gets some must have room.
+            scored: Of each row, how many of its last new tokens to score.
+            first: The first of the rows.
+
+        Returns:
+            float32 [sum(scored), vocab], row after row: a view of a buffer that the next step
+            overwrites.
 
         Raises:
             Interrupted: :meth:`interrupt` was called.

@@ -81,6 +81,24 @@ class KVCache:
         self.lengths[row] = length
         return length
 
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Let a row hold what the first ``length`` tokens of another one are.
+
+        Returns:
+            What it holds then: ``length``, or 0 where a window no longer holds what is in front.
+        """
+        held = int(self.lengths[source])
+        assert 0 <= length <= held
+        self.lengths[target] = 0
+        if length < self.shortest(held):
+            return 0
+        for buffer in self.buffers.values():
+            # A window's rows stand where its eviction put them; nothing is behind the others.
+            stop = length if buffer.shape[2] == self.capacity else buffer.shape[2]
+            buffer[target, :, :stop] = buffer[source, :, :stop]
+        self.lengths[target] = held
+        return self.truncate(target, length)
+
     def room(self, row: int) -> int:
         """Tokens that a row can be given so that all of them can be taken back."""
         length = int(self.lengths[row])

@@ -81,6 +81,7 @@ class MaskedDecoder:
         )
         dtype = graph.check("logits", dtypes=("float32", "float16"), shape=(None, None, vocab))
         self._last_only = graph.shape("logits")[1] == 1
+        self.rows = 1
         self.widest = min(cache.capacity, WIDEST_STEP)
         if self._wanted is None and not self._last_only:
             self.widest = max(1, min(self.widest, LOGITS_BYTES // (4 * vocab)))
@@ -102,6 +103,17 @@ class MaskedDecoder:
         if count > 1 and apart:
             return self._step_in_parts(np.asarray(tokens), past, scored)
         return self._feed(tokens, past, scored)
+
+    def step_rows(
+        self,
+        tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        scored: Sequence[int],
+        first: int = 0,
+    ) -> NDArray[np.float32]:
+        """See :class:`~edge_llm.runtime.decoder.Decoder`; there is one row."""
+        assert (len(tokens), first) == (1, 0)
+        return self.step(tokens[0], scored=scored[0])
 
     @property
     def verifies(self) -> bool:

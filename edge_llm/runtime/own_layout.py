@@ -32,7 +32,7 @@ class OwnDecoder:
         session: The graph.
         manifest: The bundle's manifest.
         capacity: Most tokens of a row.
-        rows: Sequences that are held at once; :meth:`step` knows only the first.
+        rows: Sequences that are held at once.
 
     Raises:
         RuntimeFailure: The graph is not what the manifest says.
@@ -46,6 +46,7 @@ class OwnDecoder:
         self.graph = BoundGraph(session)
         self.graph.check_state(state)
         self.cache = KVCache(state, rows=rows, capacity=capacity)
+        self.rows = rows
         self.widest = min(capacity, WIDEST_STEP)
         self.verifies = True
         self._vocab = manifest.dims.vocab
@@ -54,7 +55,7 @@ class OwnDecoder:
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._index = np.zeros(0, np.int64)
-        self._bound: tuple[list[int], list[int]] = ([], [])
+        self._bound: tuple[list[int], list[int], int] = ([], [], 0)
         for name in ("query_lens", "seqlens_k"):
             self.graph.check(name, dtypes=("int32",), shape=(rows,))
         self.graph.check("total_sequence_length", dtypes=("int32",), shape=())
@@ -72,43 +73,35 @@ class OwnDecoder:
         return self.step_rows([tokens], scored=[scored])
 
     def step_rows(
-        self, tokens: Sequence[Sequence[int] | NDArray[np.int64]], *, scored: Sequence[int]
+        self,
+        tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        scored: Sequence[int],
+        first: int = 0,
     ) -> NDArray[np.float32]:
-        """Append tokens to the first rows, to each its own, and give logits of their last ones.
-
-        Args:
-            tokens: New tokens of row 0, 1 and so on, of any lengths; a row that gets none is idle
-                and stays as it is, and so do those behind the last. At least one gets some. They
-                are padded to the longest, for which each row must have room.
-            scored: Of each row, how many of its last new tokens to score.
-
-        Returns:
-            float32 [sum(scored), vocab], row after row: a view of a buffer that the next step
-            overwrites.
-
-        Raises:
-            Interrupted: :meth:`interrupt` was called.
-            RuntimeFailure: ONNX Runtime failed.
-        """
+        """See :class:`~edge_llm.runtime.decoder.Decoder`."""
         counts = [len(row) for row in tokens]
-        batch = len(counts)
-        lengths = self.cache.lengths[:batch].tolist()
-        totals = [length + count for length, count in zip(lengths, counts, strict=True)]
-        assert 0 < max(counts) <= self.cache.capacity - max(lengths)
-        self._resize(counts, list(scored))
-        for i, row in enumerate(tokens):
-            self._tokens[i, : counts[i]] = row
-            # An idle row may be empty, but the operator takes no -1: it reads one token for naught.
-            self._seqlens_k[i] = max(totals[i] - 1, 0)
-        self._total[...] = max(totals)
+        width, longest = max(counts), 0
+        self._resize(counts, list(scored), first)
+        lengths = self.cache.lengths[first : first + len(counts)].tolist()
+        for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            if count:
+                assert width <= self.cache.capacity - length
+                self._tokens[i, :count] = tokens[i]
+            # The operator takes no -1, and a row that is full has no room for the others' width: so
+            # it is told that an idle row has one token, which it reads for naught.
+            self._seqlens_k[i] = length + count - 1 if count else 0
+            longest = max(longest, length + count if count else 1)
+        self._total[...] = longest
         try:
             self.graph.run()
         except BaseException:
             for i, count in enumerate(counts):
-                self.cache.abandon(i, count)
+                if count:
+                    self.cache.abandon(first + i, count)
             raise
         for i, count in enumerate(counts):
-            self.cache.advance(i, count)
+            self.cache.advance(first + i, count)
         return self._logits[: len(self._index)]
 
     def interrupt(self) -> None:
@@ -119,16 +112,17 @@ class OwnDecoder:
         """See :class:`~edge_llm.runtime.decoder.Decoder`."""
         self.graph.resume()
 
-    def _resize(self, counts: list[int], scored: list[int]) -> None:
+    def _resize(self, counts: list[int], scored: list[int], first: int) -> None:
         """Bind inputs and outputs for so many tokens a row, where the last step had others."""
-        if self._bound == (counts, scored):
+        if self._bound == (counts, scored, first):
             return
         batch, width = len(counts), max(counts)
-        if batch != len(self._tokens):
+        assert width > 0
+        if (batch, first) != (len(self._bound[0]), self._bound[2]):
             self.graph.bind("query_lens", self._query_lens[:batch])
             self.graph.bind("seqlens_k", self._seqlens_k[:batch])
             for one in self._state:
-                rows = self.cache.buffers[one.input][:batch]
+                rows = self.cache.buffers[one.input][first : first + batch]
                 self.graph.bind(one.input, rows, output=one.output)
         self._query_lens[:batch] = counts
         self._tokens = np.zeros((batch, width), np.int64)
@@ -142,4 +136,4 @@ class OwnDecoder:
         if len(self._index) > len(self._logits):
             self._logits = np.zeros((len(self._index), self._vocab), np.float32)
         self.graph.bind_output("logits", self._logits[: len(self._index)])
-        self._bound = (counts, scored)
+        self._bound = (counts, scored, first)

@@ -23,9 +23,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_llm.engine.chunking import ChunkPlanner
-from edge_llm.engine.job import Job
+from edge_llm.engine.drafting import Drafting
+from edge_llm.engine.job import Feed, Job, Steps
 from edge_llm.engine.scheduler import Engine
 from edge_llm.engine.slot import Slot
+from edge_llm.engine.slots import Slots
+from edge_llm.engine.step_costs import StepCosts
+from edge_llm.engine.stepper import Stepper
 from edge_llm.errors import ArgumentError, ClosedError
 from edge_llm.runtime.decoder import Decoder, Interrupted
 from edge_llm.runtime.kv_cache import KVCache
@@ -40,8 +44,12 @@ T = TypeVar("T")
 class FakeDecoder:
     """The decoder's interface; the likeliest token is the last one plus one."""
 
-    def __init__(self, *, capacity: int = 256, delay: float = 0.0) -> None:
-        self.cache = KVCache((), rows=1, capacity=capacity)
+    def __init__(self, *, rows: int = 1, capacity: int = 256, delay: float = 0.0) -> None:
+        self.cache = KVCache((), rows=rows, capacity=capacity)
+        self.rows = rows
+        self.widest = 64
+        self.verifies = True
+        self.batches: list[int] = []
         self.delay = delay
         self.in_step = threading.Event()
         self.fed: list[tuple[list[int], int]] = []
@@ -51,17 +59,31 @@ class FakeDecoder:
     def step(
         self, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
     ) -> NDArray[np.float32]:
-        past = int(self.cache.lengths[0])
-        assert 0 < len(tokens) <= self.cache.capacity - past
+        return self.step_rows([tokens], scored=[scored])
+
+    def step_rows(
+        self,
+        tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        scored: Sequence[int],
+        first: int = 0,
+    ) -> NDArray[np.float32]:
+        past = self.cache.lengths[first : first + len(tokens)]
+        assert max(map(len, tokens)) > 0
+        assert all(len(t) <= self.cache.capacity - n for t, n in zip(tokens, past, strict=True))
         self.threads.add(threading.get_ident())
         self.in_step.set()
         if self._terminate.wait(self.delay):
             raise Interrupted
-        self.cache.lengths[0] = past + len(tokens)
-        self.fed.append(([int(token) for token in tokens], scored))
-        logits = np.zeros((scored, VOCAB), np.float32)
-        for row, token in zip(logits, tokens[len(tokens) - scored :], strict=True):
-            row[(token + 1) % VOCAB] = 1
+        past += [len(row) for row in tokens]
+        self.batches.append(sum(1 for row in tokens if len(row)))
+        last = []
+        for row, count in zip(tokens, scored, strict=True):
+            if len(row):
+                self.fed.append(([int(token) for token in row], count))
+            last += [int(token) for token in row[len(row) - count :]]
+        logits = np.zeros((len(last), VOCAB), np.float32)
+        logits[range(len(last)), [(token + 1) % VOCAB for token in last]] = 1
         return logits
 
     def interrupt(self) -> None:
@@ -72,32 +94,30 @@ class FakeDecoder:
 
 
 class Counting(Job):
-    """Feeds ``steps`` tokens, one a step, and puts each; the last result says how it ended."""
+    """Feeds ``count`` tokens, one a step, and puts each; the last result says how it ended."""
+
+    kind = "answer"
 
     def __init__(
         self,
-        steps: int = 3,
+        count: int = 3,
         *,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
         before: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(cancel=cancel, timeout=timeout)
-        self.steps = steps
+        self.count = count
         self.before = before
         self.ran = threading.Event()
 
-    def run(self, slot: Slot) -> None:
+    def steps(self, slot: Slot) -> Steps:
         self.ran.set()
         slot.clear()
         if self.before is not None:
             self.before()
-        for i in range(self.steps):
-            reason = self.ended()
-            if reason:
-                self.put(reason)
-                return
-            slot.feed([i % VOCAB], scored=1)
+        for i in range(self.count):
+            yield Feed([i % VOCAB])
             self.put(i)
         self.put("stop")
 
@@ -105,10 +125,15 @@ class Counting(Job):
         self.put(self.ended() or "cancelled")
 
 
-def make_engine(decoder: FakeDecoder, *, fixed: int | None = 4) -> tuple[Engine, Slot]:
+def make_engine(
+    decoder: FakeDecoder, *, fixed: int | None = 4, queue_limit: int = 100
+) -> tuple[Engine, Slots]:
+    whole = cast("Decoder", decoder)
     planner = ChunkPlanner(fixed=fixed, widest=64, single_token=0.01)
-    slot = Slot(cast("Decoder", decoder), planner)
-    return Engine(cast("Decoder", decoder), slot), slot
+    drafting = Drafting(StepCosts(single=0.01), possible=True, vocab=VOCAB)
+    slots = Slots(whole.cache, decoder.rows)
+    stepper = Stepper(whole, planner, drafting)
+    return Engine(whole, stepper, slots, queue_limit=queue_limit), slots
 
 
 @pytest.fixture
@@ -219,10 +244,10 @@ def test_a_job_is_queued_by_the_first_read(engine: Engine) -> None:
 class Endless(Counting):
     """Nobody but the caller ends it."""
 
-    def run(self, slot: Slot) -> None:
-        while not self.ended():
+    def steps(self, slot: Slot) -> Steps:
+        while True:
             slot.clear()
-            slot.feed([1], scored=1)
+            yield Feed([1])
             self.put("more")
 
 
@@ -248,12 +273,12 @@ def test_an_abandoned_job_is_interrupted_inside_its_step(
     engine: Engine, decoder: FakeDecoder
 ) -> None:
     class Stalling(Counting):
-        def run(self, slot: Slot) -> None:
-            slot.feed([0], scored=1)
+        def steps(self, slot: Slot) -> Steps:
+            yield Feed([0])
             decoder.delay = LONG
             decoder.in_step.clear()
             self.put(0)
-            slot.feed([1], scored=1)
+            yield Feed([1])
 
     results = engine.execute(Stalling())
     assert within(lambda: next(results)) == 0
@@ -267,7 +292,7 @@ def blocked(engine: Engine) -> tuple[threading.Event, Call]:
     """Occupy the engine until the event is set."""
     gate = threading.Event()
     call = start(engine, Counting(1, before=gate.wait))
-    until(lambda: engine._current)
+    until(lambda: engine._running)
     return gate, call
 
 
@@ -323,20 +348,19 @@ def test_the_end_of_one_job_does_not_end_the_next(engine: Engine, decoder: FakeD
 
 
 class Prompting(Job):
-    """Computes a prompt and puts the token that comes next."""
+    """Computes a prompt, putting what is done of it, and the token that comes next."""
+
+    kind = "answer"
 
     def __init__(self, prompt: Sequence[int], *, cancel: threading.Event | None = None) -> None:
-        super().__init__(cancel=cancel, timeout=None)
-        self.prompt = np.array(prompt, np.int64)
+        super().__init__(cancel=cancel, timeout=None, prompt=np.array(prompt, np.int64))
 
-    def run(self, slot: Slot) -> None:
-        reused = slot.rewind(self.prompt)
-        logits = slot.prefill(self.prompt, between=self.between)
-        self.put((reused, "cancelled" if logits is None else int(logits.argmax())))
-
-    def between(self, done: int) -> bool:
-        self.put(done)
-        return self.ended() is not None
+    def steps(self, slot: Slot) -> Steps:
+        reused, logits = slot.rewind(self.prompt), None
+        while logits is None:
+            self.put(slot.length)
+            logits = yield Feed(self.prompt[slot.length :], divisible=True)
+        self.put((reused, int(logits.argmax())))
 
     def interrupted(self) -> None:
         self.put("interrupted")
@@ -349,7 +373,7 @@ def test_a_prompt_is_cancelled_between_its_chunks(engine: Engine, decoder: FakeD
     for result in engine.execute(Prompting(prompt, cancel=cancel)):
         results.append(result)
         cancel.set()
-    assert results[-1] in ((0, "cancelled"), "interrupted")
+    assert results[-1] == "interrupted"
     done = int(decoder.cache.lengths[0])
     assert done < len(prompt)
     decoder.delay = 0
@@ -430,10 +454,11 @@ def test_close_ends_the_running_job_and_those_that_wait(
 
 def test_close_ends_a_job_that_is_between_two_steps(engine: Engine) -> None:
     class Thinking(Counting):
-        def run(self, slot: Slot) -> None:
+        def steps(self, slot: Slot) -> Steps:
             self.ran.set()
             while not self.ended():
                 time.sleep(0.001)
+            yield Feed([0])
 
     job = Thinking()
     call = start(engine, job)
@@ -471,18 +496,18 @@ def test_close_from_inside_a_job(engine: Engine) -> None:
 def test_a_reader_that_is_behind_gets_what_was_there_before_close(engine: Engine) -> None:
     results = engine.execute(Counting(3))
     assert within(lambda: next(results)) == 0
-    until(lambda: engine._current is None)
+    until(lambda: not engine._running)
     within(engine.close)
     assert within(lambda: list(results)) == [1, 2, "stop"]
 
 
 def test_close_frees_the_model() -> None:
     decoder = FakeDecoder()
-    engine, slot = make_engine(decoder)
+    engine, slots = make_engine(decoder)
     assert_serves(engine)
-    alive: list[weakref.ref[Any]] = [weakref.ref(decoder), weakref.ref(slot)]
+    alive: list[weakref.ref[Any]] = [weakref.ref(decoder), weakref.ref(slots)]
     within(engine.close)
-    del decoder, slot
+    del decoder, slots
     gc.collect()
     assert [one() for one in alive] == [None, None]
 
@@ -491,7 +516,7 @@ def test_results_of_old_jobs_are_not_kept(engine: Engine) -> None:
     job = Counting(1)
     alive = weakref.ref(job)
     assert serve(engine, job) == [0, "stop"]
-    until(lambda: engine._current is None)
+    until(lambda: not engine._running)
     del job
     gc.collect()
     until(lambda: alive() is None)
@@ -583,7 +608,7 @@ def test_many_threads_and_many_ways_to_end(engine: Engine, decoder: FakeDecoder)
     calls = [Call(partial(customer, engine, seed)) for seed in range(8)]
     assert [call.result(60) for call in calls] == list(range(8))
     assert not engine._waiting
-    until(lambda: engine._current is None)
+    until(lambda: not engine._running)
     assert len(decoder.threads) == 1
     assert_serves(engine)
 
@@ -601,31 +626,45 @@ def test_close_under_load(engine: Engine, decoder: FakeDecoder) -> None:
 tokens = st.integers(0, 2)
 
 
+def feed(decoder: FakeDecoder, slot: Slot, fed: Sequence[int]) -> None:
+    slot.note(fed)
+    decoder.step_rows([fed], scored=[0], first=slot.row)
+
+
 @given(st.lists(tokens, max_size=12), st.lists(tokens, min_size=1, max_size=12))
 def test_the_longest_common_prefix_is_kept(held: list[int], prompt: list[int]) -> None:
     decoder = FakeDecoder(capacity=16)
-    _, slot = make_engine(decoder)
+    slot = Slot(decoder.cache, 0)
     if held:
-        slot.feed(held, scored=0)
+        feed(decoder, slot, held)
     common = 0
     while common < min(len(held), len(prompt) - 2) and held[common] == prompt[common]:
         common += 1
     assert slot.rewind(np.array(prompt, np.int64)) == common
     assert slot.length == common
-    decoder.fed.clear()
-    logits = slot.prefill(np.array(prompt, np.int64), between=lambda done: False)
-    assert logits is not None
-    assert logits.argmax() == prompt[-1] + 1
-    assert [t for tokens, _ in decoder.fed for t in tokens] == prompt[common:]
-    # Only the last token's logits are computed.
-    assert [scored for _, scored in decoder.fed] == [0] * (len(decoder.fed) - 1) + [1]
-    # And what is held now is what was fed.
+    feed(decoder, slot, prompt[common:])
+    # What is held now is what was fed.
     assert slot.rewind(np.array([*prompt, 0, 0], np.int64)) == len(prompt)
 
 
+@given(st.lists(tokens, min_size=1, max_size=20), st.integers(1, 5))
+def test_a_prompt_is_fed_in_chunks_and_only_its_end_is_scored(
+    prompt: list[int], fixed: int
+) -> None:
+    decoder = FakeDecoder()
+    engine, _ = make_engine(decoder, fixed=fixed)
+    *progress, last = list(engine.execute(Prompting(prompt)))
+    engine.close()
+    assert last == (0, prompt[-1] + 1)
+    assert progress == list(range(0, len(prompt), fixed))
+    assert [t for fed, _ in decoder.fed for t in fed] == prompt
+    assert [scored for _, scored in decoder.fed] == [0] * (len(progress) - 1) + [1]
+
+
 def test_tokens_behind_a_rewound_cache_are_forgotten() -> None:
-    _, slot = make_engine(FakeDecoder())
-    slot.feed([1, 2, 3, 4], scored=0)
+    decoder = FakeDecoder()
+    slot = Slot(decoder.cache, 0)
+    feed(decoder, slot, [1, 2, 3, 4])
     assert slot.rewind(np.array([1, 2, 9, 9])) == 2
     # 3 and 4 still stand in memory, but are no longer in the cache.
     assert slot.rewind(np.array([1, 2, 3, 4, 5, 6])) == 2
@@ -633,21 +672,17 @@ def test_tokens_behind_a_rewound_cache_are_forgotten() -> None:
     assert slot.rewind(np.array([1, 2, 3])) == 0
 
 
-def test_an_interrupted_chunk_leaves_the_cache_valid() -> None:
-    decoder = FakeDecoder()
-    _, slot = make_engine(decoder)
-    prompt = np.arange(10, dtype=np.int64)
+def test_an_interrupted_chunk_leaves_the_cache_valid(decoder: FakeDecoder, engine: Engine) -> None:
+    cancel = threading.Event()
 
-    def interrupt_third(done: int) -> bool:
-        if done == 8:
-            decoder.interrupt()
-        return False
+    class Interrupting(Prompting):
+        def put(self, result: object) -> None:
+            super().put(result)
+            if result == 8:
+                decoder.delay = LONG
+                cancel.set()
 
-    with pytest.raises(Interrupted):
-        slot.prefill(prompt, between=interrupt_third)
-    assert slot.length == 8
-    decoder.resume()
-    assert slot.rewind(np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 9])) == 8
-    logits = slot.prefill(np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 9]), between=lambda done: False)
-    assert logits is not None
-    assert logits.argmax() == 10
+    assert serve(engine, Interrupting(range(10), cancel=cancel)) == [0, 4, 8, "interrupted"]
+    decoder.delay = 0
+    prompt = [0, 1, 2, 3, 4, 5, 6, 7, 9, 9]
+    assert serve(engine, Prompting(prompt)) == [8, (8, 10)]

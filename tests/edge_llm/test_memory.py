@@ -71,11 +71,36 @@ def test_a_limit_gives_the_longest_context_that_fits(tiny_bundle: Path) -> None:
         assert llm.context == bundle.manifest.dims.context
 
 
+def test_slots_take_what_is_left_of_a_limit(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    one, three = (estimate_memory(bundle, context=100, slots=n) for n in (1, 3))
+    assert three.kv == 3 * one.kv
+    with LLM(tiny_bundle, context=100, memory_limit=three.total) as llm:
+        assert llm.slots == 3
+        assert llm.memory == three
+    with LLM(tiny_bundle, context=100, memory_limit=three.total - 1) as llm:
+        assert llm.slots == 2
+    # Slots that were asked for shorten the context, if need be.
+    with LLM(tiny_bundle, slots=5, memory_limit=three.total) as llm:
+        assert llm.slots == 5
+        assert llm.context < 100
+    with LLM(tiny_bundle) as llm:
+        assert llm.slots == 4
+    for wrong in (0, 65, True, "2"):
+        with pytest.raises(ArgumentError, match="slots must be an integer from 1 to 64"):
+            LLM(tiny_bundle, slots=wrong)  # type: ignore[arg-type]
+
+
 @given(context=st.integers(2, 256), over=st.integers(0, 10_000))
 def test_nothing_longer_would_fit(tiny_bundle: Path, context: int, over: int) -> None:
     bundle = Bundle.open(tiny_bundle)
     limit = estimate_memory(bundle, context=context).total + over
-    found = fitting_context(bundle, longest=256, shortest=2, limit=limit)
+    found = fitting_context(
+        lambda context: estimate_memory(bundle, context=context),
+        longest=256,
+        shortest=2,
+        limit=limit,
+    )
     assert found >= context
     assert estimate_memory(bundle, context=found).total <= limit
     assert found == 256 or estimate_memory(bundle, context=found + 1).total > limit

@@ -19,10 +19,12 @@ from edge_llm import LLM
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.decoding.speculation import CANDIDATES, LONGEST, PASSED_OVER, PromptLookup
 from edge_llm.engine.chunking import ChunkPlanner
-from edge_llm.engine.drafting import ONLY_WIDTH, Drafting
+from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.generation import Generation, Request
-from edge_llm.engine.slot import Slot
+from edge_llm.engine.scheduler import Engine
+from edge_llm.engine.slots import Slots
 from edge_llm.engine.step_costs import FIRST_GUESS, MEASURE_AGAIN, WIDTHS, StepCosts
+from edge_llm.engine.stepper import ONLY_WIDTH, Stepper
 from edge_llm.errors import ArgumentError
 from edge_llm.manifest import StateTensor
 from edge_llm.results import Chunk, Completion, Usage
@@ -158,11 +160,11 @@ def test_the_curve_is_learnt_from_the_steps() -> None:
 
 
 def test_drafts_are_as_long_as_pays() -> None:
-    assert [costs(CHEAP).best(0.99, most) for most in (1, 2, 3, 7, 8, 15, 100)] == [
+    assert [costs(CHEAP).best([(0.99, most)]) for most in (1, 2, 3, 7, 8, 15, 100)] == [
         *(1, 2, 2, 4, 8, 8, 16)
     ]
-    assert costs(STEEP).best(0.99, 100) == 8
-    assert costs(STEEP).best(0.3, 100) == 2
+    assert costs(STEEP).best([(0.99, 100)]) == 8
+    assert costs(STEEP).best([(0.3, 100)]) == 2
     assert costs(CHEAP).pays
     assert costs(STEEP).pays
 
@@ -200,21 +202,32 @@ class MarkovDecoder:
         self._table = table
         self._skew = np.float32(skew)
 
-    def step(self, fed: Sequence[int], *, scored: int) -> NDArray[np.float32]:
+    def step_rows(
+        self, tokens: Sequence[Sequence[int]], *, scored: Sequence[int], first: int = 0
+    ) -> NDArray[np.float32]:
+        (fed,), (last,) = tokens, scored
         length = int(self.cache.lengths[0])
         self.held[length : length + len(fed)] = fed
         self.cache.advance(0, len(fed))
         self.widths.append(len(fed))
-        logits = self._table[list(fed)[len(fed) - scored :]]
+        logits = self._table[list(fed)[len(fed) - last :]]
         logits[:, 0] += self._skew * len(fed)
         return logits
+
+    def interrupt(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
 
 
 def run(
     decoder: MarkovDecoder, tokenizer: Tokenizer, prompt: Sequence[int], **changes: Any
 ) -> Iterator[object]:
     """Answer a prompt and give what is put."""
-    drafting = changes.pop("drafting", None) or Drafting(KnownCosts(single=1.0), possible=True)
+    drafting = changes.pop("drafting", None) or Drafting(
+        KnownCosts(single=1.0), possible=True, vocab=VOCAB
+    )
     options: dict[str, Any] = {
         "prompt": np.array(prompt, np.int64),
         "max_tokens": 40,
@@ -228,6 +241,7 @@ def run(
         "hook": None,
         "cancel": None,
         "timeout": None,
+        "priority": 0,
         "progress": False,
         "stream": False,
     }
@@ -235,12 +249,13 @@ def run(
         Request(**options | changes), tokenizer, vocab=VOCAB, drafting=drafting, load_seconds=0.0
     )
     planner = ChunkPlanner(fixed=64, widest=64, single_token=0.01)
-    slot = Slot(cast("Decoder", decoder), planner)
-    slot.clear()
-    job.run(slot)
-    assert slot._held[: slot.length].tolist() == decoder.held[: slot.length].tolist()
-    job.finish()
-    parts = list(job.results(lambda: None))
+    model = cast("Decoder", decoder)
+    slots = Slots(model.cache, 1)
+    slots.all[0].clear()
+    engine = Engine(model, Stepper(model, planner, drafting), slots, queue_limit=1)
+    parts = list(engine.execute(job))
+    engine.close()
+    assert slots.all[0].held.tolist() == decoder.held[: slots.all[0].length].tolist()
     return filter(None, map(job.chunk, parts))
 
 
@@ -288,7 +303,7 @@ def test_a_stream_gives_them_as_they_come(tokenizer: Tokenizer) -> None:
 
 def test_an_answer_ends_inside_a_draft(tokenizer: Tokenizer) -> None:
     prompt = [*range(VOCAB)] * 3
-    drafting = Drafting(KnownCosts(single=1.0), possible=True)
+    drafting = Drafting(KnownCosts(single=1.0), possible=True, vocab=VOCAB)
     decoder = MarkovDecoder(cycle())
     for length in (30, 31, 32, 33, 34, 35, 36):
         got, usage = answer(decoder, tokenizer, prompt, max_tokens=length, drafting=drafting)
@@ -318,8 +333,8 @@ def test_cancelled_inside_a_draft(tokenizer: Tokenizer) -> None:
 
 def test_no_drafts_where_they_are_not_wanted_or_not_possible(tokenizer: Tokenizer) -> None:
     prompt = [*range(VOCAB)] * 2
-    impossible = Drafting(KnownCosts(single=1.0), possible=False)
-    useless = Drafting(costs(LINEAR), possible=True)
+    impossible = Drafting(KnownCosts(single=1.0), possible=False, vocab=VOCAB)
+    useless = Drafting(costs(LINEAR), possible=True, vocab=VOCAB)
     ways: list[dict[str, Any]] = [
         {"lookup": False},
         {"drafting": impossible},
@@ -335,7 +350,7 @@ def test_no_drafts_where_they_are_not_wanted_or_not_possible(tokenizer: Tokenize
 
 def test_widths_that_round_otherwise_are_not_mixed(tokenizer: Tokenizer) -> None:
     prompt = [*range(VOCAB)] * 2
-    drafting = Drafting(KnownCosts(single=1.0), possible=True)
+    drafting = Drafting(KnownCosts(single=1.0), possible=True, vocab=VOCAB)
     decoder = MarkovDecoder(cycle(), skew=1e-5)
     _, usage = answer(decoder, tokenizer, prompt, max_tokens=100, drafting=drafting)
     assert usage.accepted_tokens > 50

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE
-from edge_llm.engine.chunking import ChunkPlanner
 from edge_llm.engine.slot import Slot
 from edge_llm.manifest import DecoderGraph, Manifest, StateTensor
 from edge_llm.runtime.decoder import Interrupted
@@ -266,8 +265,7 @@ def turns() -> Iterator[Sequence[int]]:
 
 
 def test_a_slot_computes_again_what_windows_have_dropped(decoders: dict[bool, OwnDecoder]) -> None:
-    planner = ChunkPlanner(fixed=200, widest=512, single_token=0.001)
-    slots = {sized: Slot(decoder, planner) for sized, decoder in decoders.items()}
+    slots = {sized: Slot(decoder.cache, 0) for sized, decoder in decoders.items()}
     reused = {True: [0], False: [0]}
     for slot in slots.values():
         slot.clear()
@@ -275,11 +273,15 @@ def test_a_slot_computes_again_what_windows_have_dropped(decoders: dict[bool, Ow
         answers = {}
         for sized, slot in slots.items():
             reused[sized].append(slot.rewind(prompt))
-            logits = slot.prefill(prompt, between=lambda done: False)
-            assert logits is not None
-            tokens = [logits.copy()]
+            while slot.length < len(prompt):
+                piece = prompt[slot.length :][:200]
+                slot.note(piece)
+                logits = decoders[sized].step(piece, scored=1)
+            tokens = [logits[0].copy()]
             for _ in range(20):
-                tokens.append(slot.feed((int(tokens[-1].argmax()),), scored=1)[0].copy())
+                best = (int(tokens[-1].argmax()),)
+                slot.note(best)
+                tokens.append(decoders[sized].step(best, scored=1)[0].copy())
             answers[sized] = np.array(tokens)
         assert relative_error(answers[True], answers[False]) < 1e-4
     assert reused[False] == [0, 0, 300, 690, 200, 0]

@@ -1,0 +1,106 @@
+"""Steps of the decoder for the rows of jobs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_llm.engine.chunking import ChunkPlanner
+from edge_llm.engine.drafting import Drafting
+from edge_llm.engine.job import Feed
+from edge_llm.engine.slot import Slot
+from edge_llm.runtime.decoder import Decoder
+
+__all__ = ["Stepper"]
+
+# Two widths whose logits are compared, and the only one that is used where they differ.
+NARROW, WIDE = 2, 8
+ONLY_WIDTH = 4
+
+# This thread's own time leaves out when other programs had its core; on Windows it is too coarse.
+_clock = time.perf_counter if sys.platform == "win32" else time.thread_time
+
+
+class Stepper:
+    """Computes what jobs want fed, and watches what it costs.
+
+    Which width a draft gets depends on the clock, so the text must not depend on the width. It does
+    not where a step gives a token the same logits, bit for bit, at every width of choice. That is
+    tried once; where it is not so, all drafts get one width.
+
+    Args:
+        decoder: The model.
+        planner: Sizes of chunks.
+        drafting: Sizes of drafts.
+    """
+
+    def __init__(self, decoder: Decoder, planner: ChunkPlanner, drafting: Drafting) -> None:
+        self._decoder = decoder
+        self._planner = planner
+        self._drafting = drafting
+
+    def answer(self, slots: Sequence[Slot], feeds: Sequence[Feed]) -> list[NDArray[np.float32]]:
+        """Feed each row its next token and drafts in one step.
+
+        Args:
+            slots: The rows.
+            feeds: What each of them gets; one token each.
+
+        Returns:
+            Of each row float32 [1 + drafts that were fed, vocab], valid until the next step.
+        """
+        width = self._drafting.width(feeds)
+        if width > 1 and not self._drafting.tried:
+            slot, feed = next((s, f) for s, f in zip(slots, feeds, strict=True) if f.drafts)
+            if not self._agree(slot, [*feed.tokens, *feed.drafts]):
+                self._drafting.costs.widths = (ONLY_WIDTH,)
+            self._drafting.tried = True
+            width = self._drafting.width(feeds)
+        fed = [[*feed.tokens, *feed.drafts[: width - 1]] for feed in feeds]
+        first = min(slot.row for slot in slots)
+        tokens: list[list[int]] = [[]] * (max(slot.row for slot in slots) - first + 1)
+        for slot, row in zip(slots, fed, strict=True):
+            slot.note(row)
+            tokens[slot.row - first] = row
+        started = _clock()
+        logits = self._decoder.step_rows(tokens, scored=[len(row) for row in tokens], first=first)
+        self._drafting.observe(len(slots), max(map(len, fed)), _clock() - started)
+        ends = np.cumsum([len(row) for row in tokens])
+        return [
+            logits[ends[slot.row - first] - len(row) : ends[slot.row - first]]
+            for slot, row in zip(slots, fed, strict=True)
+        ]
+
+    def prompt(self, slot: Slot, feed: Feed) -> NDArray[np.float32] | None:
+        """Feed a row several tokens, or the first of them as far as a chunk goes.
+
+        Returns:
+            float32 [scored, vocab], valid until the next step; None where some were left over.
+        """
+        if not feed.divisible:
+            return self._feed(slot, feed.tokens, scored=feed.scored)
+        count = len(feed.tokens)
+        chunk = self._planner.next(count)
+        started = time.perf_counter()
+        logits = self._feed(slot, feed.tokens[:chunk], scored=feed.scored if chunk == count else 0)
+        self._planner.observe(chunk, time.perf_counter() - started)
+        return logits if chunk == count else None
+
+    def _feed(
+        self, slot: Slot, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
+    ) -> NDArray[np.float32]:
+        slot.note(tokens)
+        return self._decoder.step_rows([tokens], scored=[scored], first=slot.row)
+
+    def _agree(self, slot: Slot, tokens: Sequence[int]) -> bool:
+        """Whether two widths give the same logits; leaves nothing behind."""
+        trial = (list(tokens) * WIDE)[:WIDE]
+        narrow = self._feed(slot, trial[:NARROW], scored=NARROW).copy()
+        slot.drop(NARROW)
+        wide = self._feed(slot, trial, scored=WIDE)
+        slot.drop(WIDE)
+        return np.array_equal(narrow, wide[:NARROW])
