@@ -99,6 +99,8 @@ class GenerateOptions(TypedDict, total=False):
             step where that is faster; "off" computes each by itself. Greedy or sampled, the text is
             the same, but for near-ties on a quantized bundle: several tokens at once round
             otherwise than one. Which are guessed hangs on the tokens alone, not on the clock.
+        reuse_prefix: Whether to take what a cache holds of the prompt (True by default) rather than
+            compute all of it.
         logprobs: Report each token's log-probability and those of so many alternatives.
         cancel: An event that ends the answer when it is set, inside a step too.
         timeout: Seconds after which the answer ends, waiting and the prompt's time included.
@@ -122,6 +124,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_tokens: Sequence[int]
     speculation: Speculation
+    reuse_prefix: bool
     logprobs: int | None
     cancel: threading.Event | None
     timeout: float | None
@@ -189,6 +192,7 @@ def build_request(
         stops=_stops(options.get("stop")),
         ending=frozenset(eos) | _stop_tokens(options.get("stop_tokens"), vocab),
         lookup=_speculation(options.get("speculation", "lookup")),
+        reuse=_boolean("reuse_prefix", options.get("reuse_prefix", True)),
         logprobs=integer("logprobs", options.get("logprobs"), 0, min(vocab, MOST_LOGPROBS)),
         hook=_callable("logits_hook", options.get("logits_hook")),
         cancel=cancel_event(options.get("cancel")),
@@ -277,6 +281,12 @@ def _speculation(value: object) -> bool:
     if value not in ("lookup", "off"):
         raise ArgumentError("speculation", "'lookup' or 'off'", value)
     return value == "lookup"
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentError(name, "True or False", value)
+    return value
 
 
 def _callable(name: str, value: Any) -> Any:

@@ -43,12 +43,14 @@ LAYERS = {
     "options": 5,
     "compiled": 6,
     "memory": 6,
-    "importing": 8,
-    "llm": 7,
-    "measure": 8,
-    "quality": 8,
-    "cli": 9,
-    "server": 9,
+    "model": 7,
+    "calls": 8,
+    "llm": 9,
+    "importing": 10,
+    "measure": 10,
+    "quality": 10,
+    "cli": 11,
+    "server": 11,
 }
 EXPORT_STACK = ("onnx", "torch", "transformers", "huggingface_hub", "edge_llm_export")
 
@@ -266,6 +268,7 @@ def an_error(name: str) -> Exception:
         "ArgumentError": ("top_p", "from 0 to 1", 2, "Lower it."),
         "ContextLengthError": (100, 30, 128),
         "MemoryLimitError": (100, 2, {"kv": 60, "scratch": 50}),
+        "QueueFullError": (256,),
     }
     if issubclass(kind, Warning):
         return kind("Telemetry is on.")

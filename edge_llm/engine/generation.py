@@ -19,7 +19,7 @@ from edge_llm.decoding.sampling import (
 )
 from edge_llm.decoding.speculation import PromptLookup
 from edge_llm.decoding.stops import StopMatcher
-from edge_llm.engine.job import Feed, Job, Steps
+from edge_llm.engine.job import NO_TOKENS, Feed, Job, Steps
 from edge_llm.results import Chunk, FinishReason, RequestReport, Timings, Usage
 from edge_llm.text.streaming import Detokenizer
 
@@ -44,6 +44,7 @@ class Request:
         stops: Strings that end the answer.
         ending: Tokens that end the answer.
         lookup: Whether to draft tokens from what stands in front of them.
+        reuse: Whether to take what the cache holds of the prompt.
         logprobs: Alternatives to report per token; None reports nothing.
         hook: The user's function on the logits.
         cancel: Ends the request when it is set.
@@ -61,6 +62,7 @@ class Request:
     stops: tuple[str, ...]
     ending: frozenset[int]
     lookup: bool
+    reuse: bool
     logprobs: int | None
     hook: LogitsHook | None
     cancel: threading.Event | None
@@ -121,7 +123,7 @@ class Generation(Job):
         super().__init__(
             cancel=request.cancel,
             timeout=request.timeout,
-            prompt=request.prompt,
+            prompt=request.prompt if request.reuse else NO_TOKENS,
             priority=request.priority,
         )
         self._request = request
@@ -153,8 +155,8 @@ class Generation(Job):
     def steps(self, slot: Slot) -> Steps:
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
-        prompt = self.prompt
-        self._reused = slot.rewind(prompt)
+        prompt = self._request.prompt
+        self._reused = slot.rewind(self.prompt)
         logits = None
         while logits is None:
             if self._request.progress:

@@ -20,7 +20,7 @@ from edge_llm.results import FinishReason, RequestKind, RequestReport
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["Feed", "Job", "Steps"]
+__all__ = ["NO_TOKENS", "Feed", "Job", "Steps"]
 
 # How often a waiting caller looks at its cancel event and its deadline. Short enough to act at
 # once; and on Windows a wait without end could not be interrupted from the keyboard.
@@ -69,8 +69,8 @@ class Job(ABC):
     Args:
         cancel: An event of the caller's that ends the job when it is set.
         timeout: Seconds from now after which the job ends.
-        prompt: int64 [tokens]: what the job will feed first; a row that holds the longest part of
-            it will be chosen.
+        prompt: int64 [tokens]: what the job will feed first, where it can take what a row holds of
+            it: the one that holds the longest part will be chosen.
         priority: Of two waiting jobs the one with the higher priority is served first.
 
     Attributes:

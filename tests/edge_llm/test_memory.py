@@ -50,10 +50,11 @@ def test_packed_bytes_are_those_that_onnxruntime_writes(
 
 
 def test_the_cache_is_told_to_the_byte(tiny_bundle: Path) -> None:
-    with LLM(tiny_bundle, context=100, prefill_chunk=8) as llm:
-        cache = KVCache(llm.manifest.decoder.state, rows=1, capacity=100)
+    sizes: Any = {"context": 100, "slots": 3, "prefill_chunk": 8}
+    with LLM(tiny_bundle, **sizes) as llm:
+        cache = KVCache(llm.manifest.decoder.state, rows=3, capacity=100)
         assert llm.memory.kv == sum(array.nbytes for array in cache.buffers.values())
-        assert llm.memory == estimate_memory(Bundle.open(tiny_bundle), context=100, prefill_chunk=8)
+        assert llm.memory == estimate_memory(Bundle.open(tiny_bundle), **sizes)
     assert llm.memory.scratch < estimate_memory(Bundle.open(tiny_bundle), context=100).scratch
     terms = ("weights_file", "weights_anonymous", "kv", "scratch", "runtime")
     assert llm.memory.total == sum(getattr(llm.memory, one) for one in terms)

@@ -37,7 +37,7 @@ def test_float32_gives_the_expected_text(stories: dict[str, Path], expected: str
 def test_chunks_and_a_reused_prefix_give_the_expected_text(
     chunk: int, stories: dict[str, Path], expected: str
 ) -> None:
-    with LLM(stories["fp32"], prefill_chunk=chunk) as llm:
+    with LLM(stories["fp32"], prefill_chunk=chunk, slots=1) as llm:
         whole = llm.generate("", max_tokens=200, temperature=0)
         assert whole.text == expected
         tokens = [1, *whole.tokens]

@@ -237,6 +237,7 @@ def run(
         "stops": (),
         "ending": frozenset(),
         "lookup": True,
+        "reuse": True,
         "logprobs": None,
         "hook": None,
         "cancel": None,
@@ -464,8 +465,9 @@ def test_what_the_cache_holds_behind_a_drafted_answer_is_right(tiny_llm: LLM) ->
         longer = [*prompt, *first.tokens, 9, 10]
         second = tiny_llm.generate(longer, max_tokens=10, temperature=0, logprobs=0)
         assert second.usage.reused_tokens == len(prompt) + length - 1
-        tiny_llm.generate([7], max_tokens=1)
-        fresh = tiny_llm.generate(longer, max_tokens=10, temperature=0, logprobs=0)
+        fresh = tiny_llm.generate(
+            longer, max_tokens=10, temperature=0, logprobs=0, reuse_prefix=False
+        )
         assert fresh.usage.reused_tokens == 0
         assert fresh.tokens == second.tokens
 
