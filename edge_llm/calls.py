@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.options import ChatOptions, GenerateOptions
+from edge_llm.batching import BatchResult, Errors, answer_all, is_conversation
+from edge_llm.engine.generation import Generation
+from edge_llm.options import ChatOptions, GenerateOptions, integer
 from edge_llm.results import Chunk, Completion
 from edge_llm.text.chat import (
     ChatTemplate,
@@ -84,6 +87,71 @@ class Calls:
         """Answer the last message of a conversation piece by piece; see :meth:`chat`."""
         return self._model.stream(*self._chat(messages, options))
 
+    def batch(
+        self,
+        prompts: Iterable[Prompt | Sequence[Message]],
+        *,
+        ordered: bool = True,
+        errors: Errors = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Iterator[BatchResult]:
+        """Answer many prompts together, however many there are.
+
+        As many as there are slots are computed at a time, and few more are read ahead: an endless
+        iterator takes no more memory than a short list. Closing the iterator of results ends what
+        is under way.
+
+        Args:
+            prompts: Text, tokens or lists of messages, in any mixture.
+            ordered: Give the results in the order of the prompts; False gives each as it comes.
+            errors: "raise" ends the batch with the first error, in its prompt's place; "return"
+                gives errors of edge_llm as results.
+            on_progress: Called with the number of prompts that are answered.
+            options: Of all answers; see :class:`ChatOptions`. ``timeout`` counts from the moment
+                when a prompt is read ahead.
+        """
+        return answer_all(
+            self._model.engine,
+            (partial(self._batched, prompt, options) for prompt in prompts),
+            slots=self._model.slots,
+            ordered=ordered,
+            errors=errors,
+            on_progress=on_progress,
+        )
+
+    def samples(
+        self, prompt: Prompt | Sequence[Message], n: int, **options: Unpack[ChatOptions]
+    ) -> list[Completion]:
+        """Several answers to one prompt, which is computed once.
+
+        Args:
+            prompt: Text, tokens or a list of messages.
+            n: How many answers.
+            options: See :class:`ChatOptions`. With a ``seed``, the answers are those of ``seed``,
+                ``seed + 1`` and so on.
+
+        Raises:
+            ArgumentError: An argument is outside its domain, and so on as for :meth:`generate`.
+        """
+        count = integer("n", n, 1)
+        assert count is not None
+        seed = integer("seed", options.get("seed"), 0)
+
+        def make(i: int) -> Generation:
+            own: ChatOptions = options if seed is None else {**options, "seed": seed + i}
+            return self._batched(prompt, own)
+
+        results = answer_all(
+            self._model.engine,
+            (partial(make, i) for i in range(count)),
+            slots=self._model.slots,
+            ordered=True,
+            errors="raise",
+            on_progress=None,
+        )
+        return [one.completion for one in results if one.completion is not None]
+
     async def agenerate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """:meth:`generate` for asyncio; cancelling the task ends the answer."""
         return await self._model.acomplete(self._model.prompt_tokens(prompt), options)
@@ -138,6 +206,15 @@ class Calls:
             continue_final_message=continued,
             **further,
         )
+
+    def _batched(self, prompt: Prompt | Sequence[Message], options: ChatOptions) -> Generation:
+        """The job of one prompt of many."""
+        if is_conversation(prompt):
+            tokens, answering = self._chat(cast("Sequence[Message]", prompt), options)
+        else:
+            tokens = self._model.prompt_tokens(cast("Prompt", prompt))
+            answering = cast("GenerateOptions", options)
+        return self._model.generation(tokens, answering, stream=False)
 
     def _chat(
         self, messages: Sequence[Message], options: ChatOptions

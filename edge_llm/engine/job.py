@@ -20,7 +20,7 @@ from edge_llm.results import FinishReason, RequestKind, RequestReport
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["NO_TOKENS", "Feed", "Job", "Steps"]
+__all__ = ["NO_TOKENS", "POLL_SECONDS", "Feed", "Job", "Steps"]
 
 # How often a waiting caller looks at its cancel event and its deadline. Short enough to act at
 # once; and on Windows a wait without end could not be interrupted from the keyboard.
@@ -76,6 +76,7 @@ class Job(ABC):
     Attributes:
         created: When it was, in seconds of time.perf_counter().
         answered: Tokens of an answer that were chosen so far.
+        finished: Whether all results are there.
         notify: Called, on the engine's thread, when a result was put.
     """
 
@@ -91,6 +92,7 @@ class Job(ABC):
     ) -> None:
         self.created = time.perf_counter()
         self.answered = 0
+        self.finished = False
         self.prompt = prompt
         self.priority = priority
         self.notify: Callable[[], object] | None = None
@@ -135,6 +137,7 @@ class Job(ABC):
 
     def finish(self, error: BaseException | None = None) -> None:
         """Tell the caller that there is no more, or that the work failed."""
+        self.finished = True
         self.put(_End(error))
 
     def results(self, interrupt: Callable[[], None]) -> Iterator[object]:

@@ -126,14 +126,15 @@ class Counting(Job):
 
 
 def make_engine(
-    decoder: FakeDecoder, *, fixed: int | None = 4, queue_limit: int = 100
+    decoder: FakeDecoder, *, fixed: int | None = 4, queue_limit: int = 100, on_request: Any = None
 ) -> tuple[Engine, Slots]:
     whole = cast("Decoder", decoder)
     planner = ChunkPlanner(fixed=fixed, widest=64, single_token=0.01)
     drafting = Drafting(StepCosts(single=0.01), possible=True, vocab=VOCAB)
     slots = Slots(whole.cache, decoder.rows)
     stepper = Stepper(whole, planner, drafting)
-    return Engine(whole, stepper, slots, queue_limit=queue_limit), slots
+    engine = Engine(whole, stepper, slots, queue_limit=queue_limit, on_request=on_request)
+    return engine, slots
 
 
 @pytest.fixture

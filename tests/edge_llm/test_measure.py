@@ -97,15 +97,14 @@ class Stub:
 
     manifest = SimpleNamespace(dims=SimpleNamespace(vocab=9))
 
-    def __init__(self, *sizes: int, reused: int = 0) -> None:
+    def __init__(self, *sizes: int) -> None:
         self._sizes = sizes
-        self._reused = reused
 
     def stream(self, prompt: list[int], **options: object) -> Any:
         assert options.pop("speculation") == "off"  # what is measured is a step over one token
         assert options.pop("reuse_prefix") is False
         assert options == {"max_tokens": 5, "min_tokens": 5, "temperature": 0.0}
-        usage = Usage(prompt_tokens=3, reused_tokens=self._reused, completion_tokens=5)
+        usage = Usage(prompt_tokens=3, reused_tokens=0, completion_tokens=5)
         timings = Timings(load=0, queued=0, prompt=5, first_token=5, per_token=0.25, total=9)
         for size in self._sizes[:-1]:
             yield Chunk(text="a", tokens=(0,) * size)
@@ -139,12 +138,6 @@ def test_a_chunk_of_several_tokens_shares_its_time_out(
     assert speed.per_token == 0.25
     assert speed.per_token_p95 == pytest.approx(np.percentile(gaps * 2, 95))
     assert speed.tokens_per_second == 1 / speed.per_token
-
-
-def test_a_reused_prompt_is_not_measured() -> None:
-    llm = cast(LLM, Stub(5, reused=1))
-    with pytest.raises(AssertionError):
-        measure_decode(llm, random_prompts(llm, 3), prompt_tokens=3, max_tokens=5)
 
 
 @pytest.mark.parametrize(

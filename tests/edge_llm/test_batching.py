@@ -1,0 +1,207 @@
+"""Lists and streams of prompts, samples of one prompt, and answers on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_llm import LLM, ArgumentError, Chunk, ContextLengthError
+from edge_llm.errors import CancelledError, ClosedError, DeadlineError, QueueFullError
+
+TEXTS = ["It was the best of times", "the age of wisdom, it was", "東京", "a", "epoch of belief"]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture
+def llm(tiny_bundle: Path) -> Iterator[LLM]:
+    with LLM(tiny_bundle, slots=3) as llm:
+        yield llm
+
+
+def test_results_come_in_order_or_as_they_are_done(llm: LLM) -> None:
+    prompts = [TEXTS[i % 5] + str(i) for i in range(20)]
+    alone = [llm.generate(prompt, **GREEDY).text for prompt in prompts]
+    done: list[int] = []
+    assert [one.text for one in llm.batch(prompts, on_progress=done.append, **GREEDY)] == alone
+    assert done[-1] == 20
+    assert sorted(set(done)) == [*range(21)] or sorted(set(done)) == [*range(1, 21)]
+    results = list(llm.batch(iter(prompts), ordered=False, **GREEDY))
+    assert sorted(one.index for one in results) == list(range(20))
+    assert all(one.text == alone[one.index] for one in results)
+    assert llm.stats().rows_per_step > 1.2
+
+
+def test_every_kind_of_prompt(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "best of times"}]
+    prompts: list[Any] = ["a", llm.tokenize("epoch"), messages]
+    texts = [one.text for one in llm.batch(prompts, **GREEDY)]
+    assert texts == [
+        llm.generate("a", **GREEDY).text,
+        llm.generate("epoch", **GREEDY).text,
+        llm.chat(messages, **GREEDY).text,
+    ]
+    assert list(llm.batch([])) == []
+
+
+def test_an_endless_iterator_is_read_only_as_far_as_it_is_needed(llm: LLM) -> None:
+    read = itertools.count()
+    results = llm.batch((f"{TEXTS[0]} {next(read)}" for _ in itertools.count()), **GREEDY)
+    for index in range(30):
+        assert next(results).index == index
+        assert next(read) - index < 40
+    results.close()  # type: ignore[attr-defined]
+    until_idle(llm)
+
+
+def until_idle(llm: LLM) -> None:
+    deadline = time.monotonic() + 10
+    while llm.stats().running or llm.stats().waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_errors_are_raised_in_their_place_or_given(llm: LLM) -> None:
+    prompts: list[Any] = ["a", "epoch " * 300, "b", -1, "c"]
+    results = llm.batch(prompts, **GREEDY)
+    assert next(results).index == 0
+    with pytest.raises(ContextLengthError):
+        next(results)
+    until_idle(llm)
+    given = list(llm.batch(prompts, errors="return", **GREEDY))
+    kinds = [type(one.error) for one in given]
+    assert kinds == [type(None), ContextLengthError, type(None), ArgumentError, type(None)]
+    with pytest.raises(ArgumentError, match="prompt"):
+        _ = given[3].text
+    with pytest.raises(ArgumentError, match="errors must be 'raise' or 'return'"):
+        llm.batch(["a"], errors="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="max_tokns"):
+        list(llm.batch(["a"], max_tokns=3))  # type: ignore[call-arg]
+
+
+def test_cancelling_a_batch_ends_what_is_under_way(llm: LLM) -> None:
+    cancel = threading.Event()
+    results = llm.batch(["a"] * 9, max_tokens=200, min_tokens=200, cancel=cancel, speculation="off")
+    threading.Timer(0.02, cancel.set).start()
+    assert {one.completion.finish_reason for one in results if one.completion} <= {
+        "cancelled",
+        "length",
+    }
+
+
+def test_a_batch_leaves_room_in_the_queue_and_waits_where_it_is_full(tiny_bundle: Path) -> None:
+    with LLM(tiny_bundle, slots=1, queue_limit=1) as llm:
+        assert len(list(llm.batch(["a"] * 10, **GREEDY))) == 10
+        with pytest.raises(QueueFullError):
+            asyncio.run(gather(llm, 8))
+
+
+async def gather(llm: LLM, count: int) -> None:
+    await asyncio.gather(*(llm.agenerate("a", max_tokens=100, min_tokens=90) for _ in range(count)))
+
+
+def test_samples_share_the_computing_of_their_prompt(llm: LLM) -> None:
+    prompt = llm.tokenize("It was the best of times, it was the worst of times, it was " * 3)
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 1.0}
+    before = llm.stats()
+    answers = llm.samples(prompt, 5, seed=7, **options)
+    after = llm.stats()
+    computed = (after.prompt_tokens - after.reused_tokens) - (
+        before.prompt_tokens - before.reused_tokens
+    )
+    assert computed < 2 * len(prompt)
+    alone = [llm.generate(prompt, seed=7 + i, **options) for i in range(5)]
+    assert [one.tokens for one in answers] == [one.tokens for one in alone]
+    assert len({one.tokens for one in answers}) > 1
+    assert len(llm.samples([{"role": "user", "content": "a"}], 2, **GREEDY)) == 2
+    with pytest.raises(ArgumentError, match="n must be an integer of at least 1"):
+        llm.samples("a", 0)
+
+
+# asyncio
+
+
+def test_asyncio_gives_what_threads_give(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "best of times"}]
+
+    async def ask() -> None:
+        answers = await asyncio.gather(*(llm.agenerate(text, **GREEDY) for text in TEXTS))
+        assert [one.text for one in answers] == [llm.generate(t, **GREEDY).text for t in TEXTS]
+        chunks = [chunk async for chunk in llm.astream(TEXTS[0], **GREEDY)]
+        assert "".join(chunk.text for chunk in chunks) == answers[0].text
+        assert [bool(chunk.finish_reason) for chunk in chunks][-1]
+        assert (await llm.achat(messages, **GREEDY)).text == llm.chat(messages, **GREEDY).text
+        chunks = [chunk async for chunk in llm.astream_chat(messages, **GREEDY)]
+        assert "".join(c.text for c in chunks) == llm.chat(messages, **GREEDY).text
+        assert (await llm.ascore(TEXTS[0])).logprobs == pytest.approx(
+            llm.score(TEXTS[0]).logprobs, abs=1e-4
+        )
+
+    asyncio.run(ask())
+
+
+LONG: dict[str, Any] = {"max_tokens": 240, "min_tokens": 240, "speculation": "off"}
+
+
+def test_the_event_loop_goes_on_and_cancelling_a_task_ends_its_answer(llm: LLM) -> None:
+    async def ask() -> None:
+        task = asyncio.create_task(llm.agenerate("a", logits_hook=slow, **LONG))
+        for _ in range(5):
+            await asyncio.sleep(0.005)
+        assert not task.done()
+        assert llm.stats().running == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def slow(so_far: Any, logits: Any) -> Any:
+        time.sleep(0.003)
+        return logits
+
+    asyncio.run(ask())
+    until_idle(llm)
+
+
+def test_an_async_stream_that_is_left_early_ends(llm: LLM) -> None:
+    async def ask() -> list[Chunk]:
+        got = []
+        async with contextlib.aclosing(llm.astream("a", **LONG)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                got.append(chunk)
+                if len(got) == 3:
+                    break
+        return got
+
+    assert len(asyncio.run(ask())) == 3
+    until_idle(llm)
+
+
+def test_async_deadlines_cancel_events_and_errors(llm: LLM) -> None:
+    async def ask() -> None:
+        assert (await llm.agenerate("a", timeout=0.02, **LONG)).finish_reason in (
+            "timeout",
+            "length",
+        )
+        cancel = threading.Event()
+        cancel.set()
+        assert (await llm.agenerate("a", cancel=cancel)).finish_reason == "cancelled"
+        with pytest.raises(CancelledError):
+            await llm.ascore("a b c", cancel=cancel)
+        with pytest.raises(DeadlineError):
+            await llm.ascore("a b c", timeout=1e-9)
+        with pytest.raises(ArgumentError):
+            llm.astream("a", top_p=2)
+        with pytest.raises(ContextLengthError):
+            await llm.agenerate("a", max_tokens=1000)
+        llm.close()
+        with pytest.raises(ClosedError):
+            await llm.agenerate("a")
+
+    asyncio.run(ask())

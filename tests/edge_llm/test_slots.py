@@ -1,0 +1,508 @@
+"""Many requests on one set of weights: rows, steps that they share, order, limits, prefixes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge_llm import LLM
+from edge_llm.engine.drafting import Drafting
+from edge_llm.engine.job import Feed, Steps
+from edge_llm.engine.scheduler import OLDEST_EVERY, Engine
+from edge_llm.engine.slot import Slot
+from edge_llm.engine.slots import WORTH_WAITING, Slots
+from edge_llm.engine.step_costs import WIDTHS, StepCosts
+from edge_llm.engine.waiting import AGING_SECONDS, WaitingJobs
+from edge_llm.errors import ClosedError, QueueFullError
+from edge_llm.manifest import StateTensor
+from edge_llm.results import RequestReport
+from edge_llm.runtime.kv_cache import KVCache
+from tests.edge_llm.test_engine import (
+    Call,
+    Counting,
+    FakeDecoder,
+    Prompting,
+    make_engine,
+    start,
+    until,
+    within,
+)
+
+ROWS = 4
+
+
+@pytest.fixture
+def decoder() -> FakeDecoder:
+    return FakeDecoder(rows=ROWS)
+
+
+@pytest.fixture
+def engine(decoder: FakeDecoder) -> Iterator[Engine]:
+    engine, _ = make_engine(decoder)
+    yield engine
+    decoder.interrupt()
+    within(engine.close)
+
+
+class Holding(Counting):
+    """Takes its second step only when it may."""
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__(count)
+        self.gate = threading.Event()
+
+    def steps(self, slot: Slot) -> Steps:
+        self.slot = slot
+        slot.clear()
+        yield Feed([0])
+        self.ran.set()
+        while not self.gate.is_set():
+            slot.clear()
+            yield Feed([0])
+        self.put("stop")
+
+
+def fill(engine: Engine, count: int = ROWS) -> list[tuple[Holding, Call]]:
+    """Occupy so many rows."""
+    held = []
+    for _ in range(count):
+        job = Holding()
+        held.append((job, start(engine, job)))
+        until(job.ran.is_set)
+    return held
+
+
+def let_go(held: Sequence[tuple[Holding, Call]]) -> None:
+    for job, _ in held:
+        job.gate.set()
+    for _, call in held:
+        assert call.result() == ["stop"]
+
+
+def test_answers_share_steps(engine: Engine, decoder: FakeDecoder) -> None:
+    held = fill(engine)
+    until(lambda: decoder.batches[-1] == ROWS)
+    let_go(held)
+    calls = [start(engine, Counting(50)) for _ in range(3 * ROWS)]
+    for call in calls:
+        assert call.result() == [*range(50), "stop"]
+    stats = engine.stats()
+    assert stats.requests == 4 * ROWS
+    assert stats.running == stats.waiting == stats.failed == 0
+    assert 1 < stats.rows_per_step <= ROWS
+
+
+def test_a_prompt_holds_answers_up_for_one_chunk_at_most(
+    engine: Engine, decoder: FakeDecoder
+) -> None:
+    held = fill(engine, 2)
+    del decoder.fed[:]
+    assert within(lambda: list(engine.execute(Prompting(range(40)))))[-1] == (0, 40 % 16)
+    widths = [len(tokens) for tokens, _ in decoder.fed]
+    let_go(held)
+    chunks = [i for i, width in enumerate(widths) if width == 4]
+    assert len(chunks) == 10
+    # Between any two chunks, both answers take a step.
+    for left, right in itertools.pairwise(chunks):
+        assert widths[left + 1 : right] == [1, 1]
+
+
+def test_short_prompts_come_first_but_the_oldest_is_not_forgotten(
+    engine: Engine, decoder: FakeDecoder
+) -> None:
+    gate = Holding()
+    call = start(engine, gate)
+    until(gate.ran.is_set)
+    decoder.delay = 0.002
+    long = Prompting(range(1000, 1200))
+    decoder.cache.capacity = 256
+    first = start(engine, long)
+    until(lambda: any(tokens[0] == 1000 for tokens, _ in decoder.fed))
+    done: list[int] = []
+    for i in range(6):
+        within(lambda i=i: list(engine.execute(Prompting(range(100 * i, 100 * i + 8)))))  # type: ignore[misc]
+        done.append(i)
+    first.result()
+    gate.gate.set()
+    call.result()
+    order = [
+        "long" if tokens[0] >= 1000 else "short" for tokens, _ in decoder.fed if len(tokens) > 1
+    ]
+    shorts = [i for i, kind in enumerate(order) if kind == "short"]
+    between = order[shorts[0] : shorts[-1] + 1].count("long")
+    assert between + 2 >= 12 // OLDEST_EVERY
+    assert order[-1] == "long", "the short ones did not wait for it"
+
+
+def test_a_step_that_others_wait_for_is_not_ended(engine: Engine, decoder: FakeDecoder) -> None:
+    held = fill(engine, 2)
+    decoder.in_step.clear()
+    decoder.delay = 0.3
+    until(decoder.in_step.is_set)
+    started = time.monotonic()
+    engine.abandon(held[0][0])
+    assert held[0][1].result() == ["cancelled"]
+    assert time.monotonic() - started < 3
+    decoder.delay = 0
+    let_go(held[1:])
+
+
+def test_a_step_ends_when_all_that_wait_for_it_are_gone(
+    engine: Engine, decoder: FakeDecoder
+) -> None:
+    held = fill(engine, 3)
+    decoder.in_step.clear()
+    decoder.delay = 60
+    until(decoder.in_step.is_set)
+    for job, _ in held:
+        engine.abandon(job)
+    for _, call in held:
+        assert call.result() == ["cancelled"]
+    decoder.delay = 0
+
+
+def test_an_error_in_a_step_belongs_to_all_of_its_rows_and_to_no_other(
+    engine: Engine, decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = fill(engine, 2)
+
+    def fail(*args: object, **kwargs: object) -> NDArray[np.float32]:
+        monkeypatch.undo()
+        raise MemoryError("no")
+
+    monkeypatch.setattr(decoder, "step_rows", fail)
+    for _, call in held:
+        with pytest.raises(MemoryError):
+            call.result()
+    assert within(lambda: list(engine.execute(Counting(2)))) == [0, 1, "stop"]
+    assert engine.stats().failed == 2
+
+
+def test_one_that_fails_leaves_its_neighbours_alone(engine: Engine) -> None:
+    class Failing(Holding):
+        def steps(self, slot: Slot) -> Steps:
+            for _ in range(3):
+                yield Feed([0])
+            raise ValueError("mine")
+
+    held = fill(engine, 2)
+    with pytest.raises(ValueError, match="mine"):
+        within(lambda: list(engine.execute(Failing())))
+    let_go(held)
+
+
+def test_the_queue_is_bounded() -> None:
+    decoder = FakeDecoder(rows=1)
+    engine, _ = make_engine(decoder, queue_limit=2)
+    held = fill(engine, 1)
+    waiting = [start(engine, Counting(1)) for _ in range(2)]
+    until(lambda: len(engine._waiting) == 2)
+    with pytest.raises(QueueFullError, match="2 requests wait already") as caught:
+        within(lambda: list(engine.execute(Counting(1))))
+    assert caught.value.limit == 2
+    let_go(held)
+    for call in waiting:
+        call.result()
+    within(engine.close)
+
+
+def test_priority_and_then_the_order_of_coming(engine: Engine) -> None:
+    order: list[str] = []
+
+    class Ordered(Counting):
+        def __init__(self, name: str, priority: int) -> None:
+            super().__init__(1, before=lambda: order.append(name))
+            self.priority = priority
+
+    decoder = FakeDecoder(rows=1)
+    one, _ = make_engine(decoder)
+    held = fill(one, 1)
+    calls = []
+    for name, priority in (("a", 0), ("b", 1), ("c", 0), ("d", 2), ("e", 1), ("f", -1)):
+        calls.append(start(one, Ordered(name, priority)))
+        until(lambda: len(one._waiting) == len(calls))
+    let_go(held)
+    for call in calls:
+        call.result()
+    assert order == ["d", "b", "e", "a", "c", "f"]
+    within(one.close)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(0, 60)), max_size=20))
+def test_nobody_waits_for_ever(jobs: list[tuple[int, float]]) -> None:
+    """A job is served before every one that came so much later that its priority does not count."""
+    waiting = WaitingJobs(100)
+    now = time.perf_counter()
+    for priority, age in jobs:
+        job = Counting(1)
+        job.priority, job.created = priority, now - age
+        waiting.add(job)
+    order = list(waiting)
+    assert len(order) == len(jobs)
+    for i, first in enumerate(order):
+        for second in order[i + 1 :]:
+            lead = first.priority - second.priority
+            assert first.created - second.created <= lead * AGING_SECONDS + 1e-6
+
+
+def test_on_request_hears_of_every_end_and_its_errors_harm_nobody() -> None:
+    reports: list[RequestReport] = []
+
+    def note(report: RequestReport) -> None:
+        reports.append(report)
+        raise ValueError("a broken exporter")
+
+    decoder = FakeDecoder(rows=2)
+    engine, _ = make_engine(decoder, on_request=note)
+    assert within(lambda: list(engine.execute(Counting(1)))) == [0, "stop"]
+    with pytest.raises(ZeroDivisionError):
+        within(lambda: list(engine.execute(Counting(1, before=lambda: divmod(1, 0)))))
+    within(engine.close)
+    assert [type(report.error) for report in reports] == [type(None), ZeroDivisionError]
+
+
+# Rows
+
+
+def state(window: int | None = None) -> StateTensor:
+    return StateTensor(
+        input="past",
+        output="present",
+        dtype="float32",
+        shape=("batch", 1, "capacity", 1),
+        batch_axis=0,
+        sequence_axis=2,
+        shared=True,
+        kind="kv" if window is None else "window",
+        window=window,
+    )
+
+
+def hold(cache: KVCache, slot: Slot, tokens: Sequence[int]) -> None:
+    """Let a row hold tokens, and in its buffers numbers that tell which."""
+    slot.clear()
+    slot.note(tokens)
+    for buffer in cache.buffers.values():
+        buffer[slot.row, 0, : len(tokens), 0] = tokens
+    cache.advance(slot.row, len(tokens))
+
+
+def content(cache: KVCache, slot: Slot) -> list[int]:
+    buffer = next(iter(cache.buffers.values()))
+    return [int(x) for x in buffer[slot.row, 0, : slot.length, 0]]
+
+
+def taken(slots: Slots, prompt: NDArray[np.int64]) -> Slot:
+    slot = slots.take(prompt)
+    assert slot is not None
+    return slot
+
+
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=12)
+
+
+@given(
+    st.lists(prompts, min_size=ROWS, max_size=ROWS),
+    st.lists(st.tuples(prompts, st.integers(0, ROWS - 1)), max_size=12),
+)
+def test_a_row_holds_the_longest_prefix_that_any_row_held(
+    held: list[list[int]], wanted: list[tuple[list[int], int]]
+) -> None:
+    cache = KVCache([state()], rows=ROWS, capacity=32)
+    slots = Slots(cache, ROWS)
+    for slot, tokens in zip(slots.all, held, strict=True):
+        hold(cache, slot, tokens)
+    busy: list[Slot] = []
+    for prompt, ended in wanted:
+        array = np.array(prompt, np.int64)
+        longest = max(slot.reusable(array) for slot in slots.all)
+        slot = taken(slots, array)
+        assert slot.rewind(array) == longest
+        assert content(cache, slot) == slot.held.tolist() == prompt[:longest]
+        hold(cache, slot, prompt)
+        busy.append(slot)
+        if len(busy) > 1:
+            slots.close_gap(busy)
+            assert sorted(one.row for one in slots.all) == list(range(ROWS))
+        for one in slots.all:
+            assert content(cache, one) == one.held.tolist()
+        if len(busy) > ended or len(busy) == ROWS:
+            slots.release(busy.pop(ended % len(busy)))
+
+
+def test_rows_at_work_lie_beside_each_other() -> None:
+    cache = KVCache([state()], rows=6, capacity=32)
+    slots = Slots(cache, 6)
+    none = np.zeros(0, np.int64)
+    busy = [taken(slots, none) for _ in range(5)]
+    assert sorted(slot.row for slot in busy) == [0, 1, 2, 3, 4]
+    for slot in busy:
+        hold(cache, slot, [slot.row] * 3)
+    for row in (1, 3):
+        slot = next(one for one in busy if one.row == row)
+        slots.release(slot)
+        busy.remove(slot)
+    for _ in range(2):
+        slots.close_gap(busy)
+    assert sorted(slot.row for slot in busy) == [0, 1, 2]
+    assert sorted(content(cache, slot)[0] for slot in busy) == [0, 2, 4]
+    # And the next one comes beside them.
+    assert taken(slots, none).row == 3
+
+
+def test_a_prompt_waits_for_tokens_that_another_is_computing(engine: Engine) -> None:
+    prompt = list(range(200))
+    decoder = FakeDecoder(rows=ROWS)
+    engine, _ = make_engine(decoder)
+    held = fill(engine, 1)
+    decoder.delay = 0.002
+    calls = [start(engine, Prompting([*prompt, i, i, i])) for i in range(3)]
+    reused = sorted(call.result()[-1][0] for call in calls)  # type: ignore[index]
+    decoder.delay = 0
+    let_go(held)
+    within(engine.close)
+    assert reused[0] == 0
+    assert min(reused[1:]) > 200 - WORTH_WAITING, "most of it was computed once"
+
+
+def test_windows_that_moved_on_are_not_copied() -> None:
+    cache = KVCache([state(window=8)], rows=2, capacity=2000)
+    slots = Slots(cache, 2)
+    cache.advance(0, 600)  # beyond window and slack: the first tokens are gone
+    slots.all[0]._held[:600] = np.arange(600)
+    assert cache.copy(0, 1, 590) == 590
+    assert cache.copy(0, 1, 10) == 0
+    assert cache.lengths.tolist() == [600, 0]
+
+
+# Drafts
+
+
+def drafting(curve: dict[int, float]) -> Drafting:
+    costs = StepCosts(single=1.0, curve=curve)
+    return Drafting(costs, possible=True, vocab=100)
+
+
+def test_drafts_are_made_only_while_they_pay_for_the_rows() -> None:
+    cheap = drafting({2: 1.05, 4: 1.1, 8: 1.2, 16: 1.4})
+    sure, none = Feed([1], drafts=[2] * 15, chance=0.95), Feed([1])
+    assert cheap.width([sure]) > 1
+    assert cheap.width([sure] * 2) > 1
+    assert cheap.width([none] * 4) == 1
+    steep = drafting({2: 1.9, 4: 3.8, 8: 7.6, 16: 15.0})
+    assert steep.width([sure]) > 1, "one row alone does what the tokens say"
+    assert steep.width([sure] * 4) == 1
+    # One row's drafts must pay for the others' padding.
+    assert drafting({2: 1.3, 4: 1.6, 8: 2.4, 16: 4.0}).width([sure, *[none] * 7]) == 1
+
+
+def test_what_steps_cost_is_learnt_for_each_number_of_rows() -> None:
+    one = drafting({2: 1.05, 4: 1.1, 8: 1.2, 16: 1.4})
+    sure = Feed([1], drafts=[2] * 15, chance=0.95)
+    assert one.width([sure] * 4) > 1
+    for _ in range(10):
+        one.observe(4, 1, 1.0)
+        for width in WIDTHS:
+            one.observe(4, width, 1.0 * width)
+    assert one.width([sure] * 4) == 1
+    assert one.width([sure]) > 1
+
+
+def test_logits_of_a_step_are_bounded() -> None:
+    wide = Drafting(
+        StepCosts(single=1.0, curve={2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}), possible=True, vocab=1 << 18
+    )
+    sure = Feed([1], drafts=[2] * 15, chance=0.95)
+    assert wide.width([sure]) == 16
+    assert wide.width([sure] * 8) * 8 * 4 * (1 << 18) <= 16 << 20
+
+
+# A real model
+
+
+TEXTS = ["It was the best of times", "the age of wisdom, it was", "東京 and 1,024", "a", "epoch"]
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0, "max_tokens": 40},
+    {"temperature": 0.8, "seed": 3, "max_tokens": 30},
+    {"temperature": 1.0, "top_k": 20, "seed": 5, "max_tokens": 25, "logprobs": 2},
+    {"temperature": 0, "max_tokens": 35, "repetition_penalty": 1.3},
+    {"temperature": 0, "max_tokens": 50, "stop": ["e", "00"], "min_tokens": 5},
+    {"temperature": 0.7, "seed": 9, "max_tokens": 20, "speculation": "off"},
+]
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+def test_an_answer_does_not_hang_on_its_neighbours(slots: int, tiny_bundle: Path) -> None:
+    with LLM(tiny_bundle, slots=1) as llm:
+        alone = [llm.generate(text, **way) for text in TEXTS for way in WAYS]
+    with LLM(tiny_bundle, slots=slots) as llm:
+        calls = [
+            Call(lambda text=text, way=way: llm.generate(text, **way))  # type: ignore[misc]
+            for text in TEXTS
+            for way in WAYS
+        ]
+        for call, expected in zip(calls, alone, strict=True):
+            answer: Any = call.result(60)
+            assert (answer.tokens, answer.text) == (expected.tokens, expected.text)
+            for ours, theirs in zip(answer.logprobs or (), expected.logprobs or (), strict=True):
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        stats = llm.stats()
+    assert stats.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    assert stats.rows_per_step > 1.2
+
+
+def test_scores_beside_answers(tiny_bundle: Path) -> None:
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom"
+    with LLM(tiny_bundle, slots=3) as llm:
+        expected = llm.score(text)
+        answers = [
+            Call(lambda: llm.generate(TEXTS[0], max_tokens=100, temperature=0)) for _ in range(2)
+        ]
+        for _ in range(5):
+            score: Any = Call(lambda: llm.score(text)).result()
+            assert score.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert answers[0].result().tokens == answers[1].result().tokens  # type: ignore[attr-defined]
+
+
+def test_memory_does_not_grow_with_requests(tiny_bundle: Path) -> None:
+    with LLM(tiny_bundle, slots=4) as llm:
+        for round_ in range(3):
+            calls = [
+                Call(lambda i=i: llm.generate(TEXTS[i % 5], max_tokens=20))  # type: ignore[misc]
+                for i in range(20)
+            ]
+            for call in calls:
+                call.result()
+            engine = llm._model.engine
+            assert not engine._running
+            assert not engine._waiting
+            assert engine._model is not None
+            assert engine._model.slots.busy == 0, round_
+
+
+def test_close_ends_all_rows(tiny_bundle: Path) -> None:
+    llm, gate = LLM(tiny_bundle, slots=3), threading.Event()
+
+    def wait(so_far: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        gate.wait(0.05)
+        return logits
+
+    calls = [
+        Call(lambda: llm.generate("a", max_tokens=200, min_tokens=200, logits_hook=wait))
+        for _ in range(8)
+    ]
+    until(lambda: llm.stats().running == 3)
+    within(llm.close)
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call.result()
