@@ -57,7 +57,7 @@ class LoadOptions(TypedDict, total=False):
             ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
             then.
         on_request: Called with a :class:`~edge_llm.results.RequestReport` when a request has ended,
-            on the engine's thread: it must be quick, and what it raises is only logged.
+            mostly on the engine's thread: it must be quick, and what it raises is only logged.
         verify: Compare every file's SHA-256 first.
     """
 

@@ -59,7 +59,8 @@ class Engine:
         stepper: Feeds it.
         slots: Its rows.
         queue_limit: Most jobs that wait for a row.
-        on_request: Called on the engine's thread when a job has ended; what it raises is logged.
+        on_request: Called when a job has ended, mostly on the engine's thread; what it raises is
+            logged.
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class Engine:
         if os.getpid() != self._pid:
             return
         with self._changed:
-            if job in self._waiting:
+            waited = job in self._waiting
+            if waited:
                 self._waiting.remove(job)
-                self._drop(job)
             else:
                 self._end_step()
+        if waited:
+            self._drop(job)
 
     def check_usable(self) -> None:
         """Refuse work that could only hang.
@@ -172,13 +175,14 @@ class Engine:
             return
         with self._changed:
             self._closed.set()
-            for job in self._waiting.clear():
-                job.finish(ClosedError("The model was closed while the request waited."))
+            waiting = self._waiting.clear()
             for one in self._running:
                 one.job.abandon()
             self._end_step()
             self._changed.notify_all()
             thread = self._thread
+        for job in waiting:
+            self._tell(job, ClosedError("The model was closed while the request waited."))
         if thread is None:
             self._model = None
         elif thread is not threading.current_thread():
@@ -192,12 +196,24 @@ class Engine:
 
     def _drop(self, job: Job) -> None:
         """End a job that never began."""
+        error: BaseException | None = None
         try:
             job.interrupted()
-        except BaseException as error:
-            job.finish(error)
-        else:
-            job.finish()
+        except BaseException as failure:
+            error = failure
+        self._tell(job, error)
+
+    def _tell(self, job: Job, error: BaseException | None) -> None:
+        """Let everybody know that a job has ended."""
+        report = job.report(error)
+        with self._changed:
+            self._recorder.ended(report)
+        if self._on_request is not None:
+            try:
+                self._on_request(report)
+            except Exception:
+                log.exception("on_request failed")
+        job.finish(error)
 
     def _loop(self) -> None:
         model = self._model
@@ -215,17 +231,19 @@ class Engine:
                 self._changed.wait()
             if self._closed.is_set():
                 return False
+            dropped = [job for job in self._waiting if job.ended()]
+            for job in dropped:
+                self._waiting.remove(job)
             admitted = list(self._admit(slots))
+        for job in dropped:
+            self._drop(job)
         for job, slot in admitted:
             self._start(job, slot)
         return True
 
     def _admit(self, slots: Slots) -> Generator[tuple[Job, Slot], None, None]:
         for job in self._waiting:
-            if job.ended():
-                self._waiting.remove(job)
-                self._drop(job)
-            elif (slot := slots.take(job.prompt)) is not None:
+            if (slot := slots.take(job.prompt)) is not None:
                 self._waiting.remove(job)
                 yield job, slot
 
@@ -316,17 +334,10 @@ class Engine:
         """Give a job's row back and tell its caller that it has ended."""
         if error is not None:
             log.debug("a request failed", exc_info=error)
-        report = one.job.report(error)
         with self._changed:
             self._running.remove(one)
             assert self._model is not None
             self._model.slots.release(one.slot)
-            self._recorder.ended(report)
             if error is None and self._closed.is_set():
                 error = ClosedError("The model was closed during the request.")
-        if self._on_request is not None:
-            try:
-                self._on_request(report)
-            except Exception:
-                log.exception("on_request failed")
-        one.job.finish(error)
+        self._tell(one.job, error)
