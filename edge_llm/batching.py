@@ -5,24 +5,41 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from edge_llm.engine.generation import Generation
 from edge_llm.engine.job import POLL_SECONDS
 from edge_llm.errors import ArgumentError, EdgeLLMError, QueueFullError
+from edge_llm.options import ChatOptions
 from edge_llm.results import Completion
+from edge_llm.text.chat import Message
 
 if TYPE_CHECKING:
     from edge_llm.engine.scheduler import Engine
+    from edge_llm.model import Prompt
 
-__all__ = ["BatchResult", "Errors", "answer_all", "is_conversation"]
+__all__ = ["BatchItem", "BatchResult", "Errors", "answer_all", "is_conversation"]
 
 Errors = Literal["raise", "return"]
 
 # Requests in the engine's hands, for each slot: the next one stands ready when one ends.
 AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """A prompt of many with something of its own.
+
+    Attributes:
+        prompt: Text, tokens, a list of messages; or the error that keeps it from being any of them,
+            which is its result then.
+        options: They win over those of the batch.
+    """
+
+    prompt: Prompt | Sequence[Message] | EdgeLLMError
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
 @dataclass(frozen=True, slots=True)

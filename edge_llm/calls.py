@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.batching import BatchResult, Errors, answer_all, is_conversation
+from edge_llm.batching import BatchItem, BatchResult, Errors, answer_all, is_conversation
 from edge_llm.engine.generation import Generation
+from edge_llm.errors import EdgeLLMError
 from edge_llm.options import ChatOptions, GenerateOptions, integer
 from edge_llm.results import Chunk, Completion
 from edge_llm.text.chat import (
@@ -89,7 +90,7 @@ class Calls:
 
     def batch(
         self,
-        prompts: Iterable[Prompt | Sequence[Message]],
+        prompts: Iterable[Prompt | Sequence[Message] | BatchItem],
         *,
         ordered: bool = True,
         errors: Errors = "raise",
@@ -103,7 +104,8 @@ class Calls:
         is under way.
 
         Args:
-            prompts: Text, tokens or lists of messages, in any mixture.
+            prompts: Text, tokens or lists of messages, in any mixture; a
+                :class:`~edge_llm.batching.BatchItem` is one of them with options of its own.
             ordered: Give the results in the order of the prompts; False gives each as it comes.
             errors: "raise" ends the batch with the first error, in its prompt's place; "return"
                 gives errors of edge_llm as results.
@@ -207,8 +209,15 @@ class Calls:
             **further,
         )
 
-    def _batched(self, prompt: Prompt | Sequence[Message], options: ChatOptions) -> Generation:
+    def _batched(
+        self, prompt: Prompt | Sequence[Message] | BatchItem, options: ChatOptions
+    ) -> Generation:
         """The job of one prompt of many."""
+        if isinstance(prompt, BatchItem):
+            if isinstance(prompt.prompt, EdgeLLMError):
+                raise prompt.prompt
+            options = {**options, **prompt.options}
+            prompt = prompt.prompt
         if is_conversation(prompt):
             tokens, answering = self._chat(cast("Sequence[Message]", prompt), options)
         else:

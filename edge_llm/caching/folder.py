@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_llm.errors import CacheWarning
 
-__all__ = ["CacheFolder", "default_cache_folder", "write_through"]
+__all__ = ["CacheFolder", "default_cache_folder", "exclusive", "write_through"]
 
 log = logging.getLogger("edge_llm")
 
@@ -90,7 +90,7 @@ class CacheFolder:
         target = self.path / name
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _exclusive(self.path / LOCK, wait=wait) as held:
+            with exclusive(self.path / LOCK, wait=wait) as held:
                 if held and not target.exists():
                     self._write(target, write)
                 return target if target.exists() else None
@@ -101,7 +101,7 @@ class CacheFolder:
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there and may be removed."""
         try:
-            with _exclusive(self.path / LOCK, wait=True):
+            with exclusive(self.path / LOCK, wait=True):
                 self._remove(self.path / name)
         except FileNotFoundError:
             return
@@ -117,7 +117,7 @@ class CacheFolder:
         if not self.path.is_dir():
             return 0
         try:
-            with _exclusive(self.path / LOCK, wait=True):
+            with exclusive(self.path / LOCK, wait=True):
                 self._sweep()
                 return self._evict(self.limit if limit is None else limit)
         except OSError as error:
@@ -202,8 +202,16 @@ def write_through(target: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock file; gives False where another holds it and ``wait`` is false."""
+def exclusive(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock file, which the system lets go of when this process dies.
+
+    Args:
+        path: The file, made where there is none; it stays.
+        wait: Wait for another holder, rather than give False.
+
+    Raises:
+        OSError: The system refuses.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
     try:
         held = _lock(descriptor, wait=wait)

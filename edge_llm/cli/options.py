@@ -62,6 +62,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="threads to compute with (default: one per core)"
     )
     group.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="answers that are computed together, each with a cache of its own (default: 4, or as "
+        "many as fit into a quarter of the free memory)",
+    )
+    group.add_argument(
+        "--queue-limit",
+        type=int,
+        metavar="N",
+        help="requests that may wait for a slot (default: 256)",
+    )
+    group.add_argument(
         "--cache-dir",
         metavar="DIR",
         help="compile the weights into this folder, for later runs; see `edge-llm compile`",
@@ -128,9 +141,12 @@ def load_model(arguments: argparse.Namespace) -> LLM:
         load = functools.partial(LLM, arguments.model, variant=arguments.variant)
     elif arguments.variant is not None:
         raise ArgumentError("variant", "left out with the built-in model", arguments.variant)
+    if arguments.queue_limit is not None:  # None is no number of requests
+        load = functools.partial(load, queue_limit=arguments.queue_limit)
     return load(
         context=arguments.context,
         threads=arguments.threads,
+        slots=arguments.slots,
         cache_dir=arguments.cache_dir,
         memory_limit=arguments.memory_limit,
         verify=arguments.verify,

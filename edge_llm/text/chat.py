@@ -111,7 +111,7 @@ def choose_template(
     wanted = name
     if wanted is None:
         wanted = "tool_use" if tools is not None and "tool_use" in templates else "default"
-    if wanted not in templates:
+    if not isinstance(wanted, str) or wanted not in templates:
         known = ", ".join(sorted(templates))
         raise ChatTemplateError(
             f"The bundle has no chat template {wanted!r}.",
