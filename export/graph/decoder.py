@@ -17,7 +17,7 @@ from .linear import Calibrated, Vocabulary
 from .matrices import CheckpointMatrix, Matrix, Scaled
 from .positions import embed_positions
 from .recorder import GraphRecorder
-from .rotary import rotary_tables
+from .rotary import record_rotary_tables
 
 __all__ = [
     "GRAPH_FILE",
@@ -27,9 +27,9 @@ __all__ = [
     "declare_state",
     "embedding_matrix",
     "head_scale",
-    "keep_rotary_tables",
     "record_embedding",
     "record_layer",
+    "rotary_tables",
 ]
 
 GRAPH_FILE = "model.onnx"
@@ -62,7 +62,7 @@ def build_decoder(
     declare_lengths(graph)
     graph.input("logits_index", np.int64, ["scored"])
     state = declare_state(graph, spec, range(spec.layers))
-    tables = keep_rotary_tables(graph, spec, context)
+    tables = rotary_tables(graph, spec, context)
     layers = LayerBuilder(graph, weights, spec, storage, tables, calibrated or {})
     names = spec.names
     embedding, residual, branch = record_embedding(layers, context)
@@ -143,7 +143,7 @@ def record_layer(
     return leave(names.mlp_post_norm, "mlp_post_norm", layers.mlp(index, normed)), residual
 
 
-def keep_rotary_tables(
+def rotary_tables(
     graph: GraphRecorder, spec: DecoderSpec, context: int
 ) -> dict[RopeConfig, tuple[str, str]]:
     """Names of the cosines and sines of each rotary embedding that a layer has."""
@@ -151,14 +151,14 @@ def keep_rotary_tables(
     for rope in dict.fromkeys(layer.rope for layer in spec.attention):
         if rope is None:
             continue
-        number = f"_{len(tables)}" if tables else ""
-        names = (f"rotary_cos{number}", f"rotary_sin{number}")
-        arrays = rotary_tables(
-            rope, head_dim=spec.head_dim, padded=spec.padded_head_dim, context=context
+        tables[rope] = record_rotary_tables(
+            graph,
+            rope,
+            head_dim=spec.head_dim,
+            padded=spec.padded_head_dim,
+            context=context,
+            suffix=f"_{len(tables)}" if tables else "",
         )
-        for name, array in zip(names, arrays, strict=True):
-            graph.keep(name, array)
-        tables[rope] = names
     return tables
 
 

@@ -22,9 +22,9 @@ from .decoder import (
     declare_state,
     embedding_matrix,
     head_scale,
-    keep_rotary_tables,
     record_embedding,
     record_layer,
+    rotary_tables,
 )
 from .linear import Calibrated, constant_name
 from .matrices import CheckpointMatrix, Matrix
@@ -108,7 +108,7 @@ def build_layer(
     source = graph.input("residual", np.float32, ["batch", "tokens", spec.hidden])
     declare_lengths(graph)
     state = declare_state(graph, spec, [index])
-    tables = keep_rotary_tables(graph, spec, context)
+    tables = rotary_tables(graph, spec, context)
     layers = LayerBuilder(graph, weights, spec, storage, tables, calibrated)
     branch, residual = record_layer(layers, index, "", source, last=False)
     output = layers.add("/Add", branch, residual)

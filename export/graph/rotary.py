@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from ..architectures.rope import RopeConfig
+from .recorder import GraphRecorder
 
-__all__ = ["inverse_frequencies", "rotary_tables"]
+__all__ = ["inverse_frequencies", "pair_frequencies", "record_rotary_tables"]
 
 
 def inverse_frequencies(rope: RopeConfig, width: int, context: int) -> NDArray[np.float32]:
@@ -46,16 +48,47 @@ def _llama3(frequencies: NDArray[np.float32], rope: RopeConfig) -> NDArray[np.fl
     return (slowed + blend * frequencies).astype(np.float32)
 
 
-def rotary_tables(
+def pair_frequencies(
     rope: RopeConfig, *, head_dim: int, padded: int, context: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines, each float32 [context, padded / 2]; other pairs do not turn."""
-    # Angles are rounded to float32 as in the reference implementation, which computes them so.
-    positions = np.arange(context, dtype=np.float32)
+) -> NDArray[np.float32]:
+    """Radians per position of each pair of a head, float32 [padded / 2]; 0 does not turn."""
+    frequencies = np.zeros(padded // 2, np.float32)
     width = rope.width(head_dim)
-    angles = positions[:, None] * inverse_frequencies(rope, width, context)[None, :]
-    cosines = np.ones((context, padded // 2), np.float32)
-    sines = np.zeros((context, padded // 2), np.float32)
-    cosines[:, : width // 2] = np.cos(angles.astype(np.float64)) * rope.attention_factor
-    sines[:, : width // 2] = np.sin(angles.astype(np.float64)) * rope.attention_factor
-    return cosines, sines
+    frequencies[: width // 2] = inverse_frequencies(rope, width, context)
+    return frequencies
+
+
+def record_rotary_tables(
+    graph: GraphRecorder, rope: RopeConfig, *, head_dim: int, padded: int, context: int, suffix: str
+) -> tuple[str, str]:
+    """Record the cosines and sines of every position, each float32 [context, padded / 2].
+
+    They are recorded as what computes them, which ONNX Runtime does once, when it loads the graph:
+    as numbers they would be some per cent of a small model's file. Angles are rounded to float32 as
+    in the reference implementation, which computes them so; cosines and sines are exact.
+
+    Returns:
+        The tables' names.
+    """
+    path = f"/rotary{suffix}"
+    frequencies = pair_frequencies(rope, head_dim=head_dim, padded=padded, context=context)
+    zero, one = (graph.constant(f"int_{n}", np.array(n, np.int64)) for n in (0, 1))
+    limit = graph.constant("rotary_context", np.array(context, np.int64))
+    column = graph.constant("rotary_column", np.array([-1, 1], np.int64))
+    integers = graph.op("Range", f"{path}/Range", [zero, limit, one])
+    positions = graph.op("Cast", f"{path}/Cast", [integers], to=TensorProto.FLOAT)
+    positions = graph.op("Reshape", f"{path}/Reshape", [positions, column])
+    each = graph.constant(f"rotary_frequencies{suffix}", frequencies)
+    angles = graph.op("Mul", f"{path}/Mul", [positions, each])
+    angles = graph.op("Cast", f"{path}/angles/Cast", [angles], to=TensorProto.DOUBLE)
+    # What does not turn is not scaled either.
+    scales = np.where(frequencies != 0, rope.attention_factor, 1.0)
+    names = (f"rotary_cos{suffix}", f"rotary_sin{suffix}")
+    for operator, name in zip(("Cos", "Sin"), names, strict=True):
+        values = graph.op(operator, f"{path}/{operator}", [angles])
+        if rope.attention_factor != 1.0:
+            factor = graph.constant(f"rotary_scales{suffix}", scales)
+            values = graph.op("Mul", f"{path}/{operator}/Mul", [values, factor])
+        cast = f"{path}/{operator}/Cast"
+        graph.op("Cast", cast, [values], outputs=[name], to=TensorProto.FLOAT)
+    return names

@@ -21,7 +21,7 @@ from edge_llm.runtime.session import create_session
 
 from ..architectures.spec import DecoderSpec
 from ..choices import KV_CACHES
-from ..graph.rotary import rotary_tables
+from ..graph.rotary import pair_frequencies
 from .calibration import Calibration
 
 __all__ = [
@@ -62,10 +62,10 @@ def turning_pairs(spec: DecoderSpec) -> dict[str, NDArray[np.bool_]]:
     found = {}
     for i, layer in enumerate(spec.attention):
         if layer.rope is not None:
-            _, sines = rotary_tables(
+            frequencies = pair_frequencies(
                 layer.rope, head_dim=spec.head_dim, padded=spec.padded_head_dim, context=2
             )
-            found[f"past.{i}.key"] = sines[1] != 0
+            found[f"past.{i}.key"] = frequencies != 0
     return found
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from numpy.typing import NDArray
 
+from edge_llm.runtime.session import create_session
 from edge_llm_export.architectures.rope import RopeConfig, read_rope
 from edge_llm_export.config import ConfigReader
-from edge_llm_export.graph.rotary import inverse_frequencies, rotary_tables
+from edge_llm_export.graph.recorder import GraphRecorder
+from edge_llm_export.graph.rotary import inverse_frequencies, record_rotary_tables
 
 HEAD_DIMS = (8, 16, 48, 64, 80, 100, 128)
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 12_345.678)
@@ -31,6 +37,25 @@ SCALINGS: dict[str, dict[str, Any]] = {
 # Two float32 libraries disagree in the last digits of a power; llama3's blend is the difference
 # of two numbers that are nearly equal at its ends, which leaves one digit fewer.
 TOLERANCE = {"default": 4e-7, "linear": 4e-7, "llama3": 5e-6}
+
+
+def rotary_tables(
+    rope: RopeConfig, *, head_dim: int, padded: int, context: int
+) -> list[NDArray[np.float32]]:
+    """What a graph has for tables when it is loaded."""
+    graph = GraphRecorder("tables")
+    names = record_rotary_tables(
+        graph, rope, head_dim=head_dim, padded=padded, context=context, suffix=""
+    )
+    for name in names:
+        graph.output(name, np.float32, [context, padded // 2])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tables.onnx"
+        onnx.save(graph.model("none", {}, "test"), path)
+        tables: list[NDArray[np.float32]] = create_session(path, threads=1, minimum="1.32").run(
+            names, {}
+        )
+    return tables
 
 
 def scaled(name: str, theta: float) -> RopeConfig:
