@@ -60,6 +60,8 @@ class Stepper:
                 self._drafting.costs.widths = (ONLY_WIDTH,)
             self._drafting.tried = True
             width = self._drafting.width(feeds)
+        if width > min(slot.room for slot in slots):
+            width = 1  # every row of a step needs room for the widest one's tokens
         fed = [[*feed.tokens, *feed.drafts[: width - 1]] for feed in feeds]
         first = min(slot.row for slot in slots)
         tokens: list[list[int]] = [[]] * (max(slot.row for slot in slots) - first + 1)

@@ -86,6 +86,15 @@ def test_errors_are_raised_in_their_place_or_given(llm: LLM) -> None:
         list(llm.batch(["a"], max_tokns=3))  # type: ignore[call-arg]
 
 
+def test_drafts_leave_room_for_a_row_that_is_nearly_full(llm: LLM) -> None:
+    prompts = [[65] * length for length in (1, 40, 7, 90, 30, 2)]
+    options: dict[str, Any] = {"temperature": 0, "min_tokens": 150}
+    alone = [llm.generate(prompt, **options).tokens for prompt in prompts]
+    found = [one.completion for one in llm.batch(prompts, **options)]
+    assert [one.tokens for one in found if one] == alone
+    assert llm.stats().accepted_tokens > 0
+
+
 def test_cancelling_a_batch_ends_what_is_under_way(llm: LLM) -> None:
     cancel = threading.Event()
     results = llm.batch(["a"] * 9, max_tokens=200, min_tokens=200, cancel=cancel, speculation="off")

@@ -103,7 +103,7 @@ def test_every_kind_of_line(files: Files, tiny_llm: LLM, capsys: Capture) -> Non
         {"prompt": tiny_llm.tokenize("epoch"), "id": {"any": ["JSON"]}},
         {"messages": messages, "max_tokens": 3},
         b"  ",
-        {"prompt": "", "id": None},
+        {"prompt": "it was", "id": None},
         {"prompt": "a", "temperature": 0.9, "seed": 7, "stop": ["e"], "logit_bias": {"65": -3}},
         {"prompt": "東京", "logprobs": 2},
     )
@@ -118,7 +118,7 @@ def test_every_kind_of_line(files: Files, tiny_llm: LLM, capsys: Capture) -> Non
         0: tiny_llm.generate("a", **greedy),
         1: tiny_llm.generate("epoch", **greedy),
         2: tiny_llm.chat(messages, temperature=0, max_tokens=3),
-        4: tiny_llm.generate("", **greedy),
+        4: tiny_llm.generate("it was", **greedy),
         5: tiny_llm.generate(
             "a", max_tokens=6, temperature=0.9, seed=7, stop=["e"], logit_bias={65: -3}
         ),
