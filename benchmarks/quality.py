@@ -12,7 +12,8 @@ float32 models must agree with the reference, so that nobody is charged for a co
     python benchmarks/quality.py --rows "int4*" "llama.cpp*" --also "--quantize int8 --block 128"
 
 Without a checkpoint the built-in model answers its held-out requests, and is calibrated on others
-of the same kind: windows are requests, of which only the answers' tokens count; and our bundles are asked to answer, to the letter. The last
+of the same kind: windows are requests, of which only the answers' tokens count; and our bundles are
+asked to answer, to the letter. The last
 line of stdout is a JSON document. The peers come with ``pip install 'edge-llm[benchmarks]'``.
 """
 
