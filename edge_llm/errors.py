@@ -18,6 +18,7 @@
     ├── ForkError                               the model was used in a forked child
     ├── PlatformError                           this machine cannot run the runtime
     ├── RuntimeFailure                          ONNX Runtime refused or failed a step
+    ├── SessionError                            a saved session cannot be gone on from
     └── ExportError                             a bundle cannot be made
         ├── CheckpointError (also a BundleError) the files that a model came in are not usable
         ├── UnsupportedModelError               the checkpoint asks for the unknown
@@ -57,6 +58,7 @@ __all__ = [
     "MemoryLimitError",
     "PlatformError",
     "RuntimeFailure",
+    "SessionError",
     "SlowKernelWarning",
     "TelemetryWarning",
     "UnsupportedFormatError",
@@ -207,6 +209,10 @@ class PlatformError(EdgeLLMError):
 
 class RuntimeFailure(EdgeLLMError):  # noqa: N818 - the tree's one failure that is nobody's mistake
     """ONNX Runtime refused the graph or failed during a step."""
+
+
+class SessionError(EdgeLLMError):
+    """A saved session is damaged, or belongs to another model, runtime or processor."""
 
 
 class ExportError(EdgeLLMError):

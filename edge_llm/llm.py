@@ -10,13 +10,21 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from pathlib import Path
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
 from edge_llm.bundle import Bundle
+from edge_llm.caching.prefixes import (
+    LIMIT,
+    PrefixCache,
+    common_length,
+    open_prefixes,
+    state_owner,
+)
 from edge_llm.compiled import compiled_graph
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
@@ -24,6 +32,7 @@ from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.scheduler import Engine
 from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
+from edge_llm.engine.sessions import Baking, LoadSession, SaveSession
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.step_costs import StepCosts
 from edge_llm.errors import (
@@ -32,6 +41,7 @@ from edge_llm.errors import (
     ContextLengthError,
     DeadlineError,
     ManifestError,
+    SessionError,
     SlowKernelWarning,
 )
 from edge_llm.manifest import Manifest
@@ -84,6 +94,11 @@ class LLM:
         cache_dir: Compile the weights into this folder (see :mod:`edge_llm.compiled`), which later
             processes then map. Without it nothing is written; what ``edge-llm compile`` has
             compiled is used all the same.
+        prefix_cache: Keep the beginnings of prompts in this folder, in the clear, and take what is
+            there in place of computing it (see :meth:`bake`). Without it nothing is written, and
+            what ``edge-llm bake`` has put into this user's cache folder is used.
+        prefix_cache_limit: Most bytes of that folder, or text such as "2GB"; what was used least
+            recently goes. By default 1 GiB.
         memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
             model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
             ``context``, the longest that fits is taken.
@@ -114,6 +129,8 @@ class LLM:
         threads: int | None = None,
         prefill_chunk: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        prefix_cache: str | os.PathLike[str] | None = None,
+        prefix_cache_limit: int | str = LIMIT,
         memory_limit: int | str | None = None,
         verify: bool = False,
     ) -> None:
@@ -128,6 +145,9 @@ class LLM:
         self.context: int = wanted or min(dims.context, DEFAULT_CONTEXT)
         self._fixed_chunk = integer("prefill_chunk", prefill_chunk, 1, self.context)
         self.threads: int = resolve_threads(threads)
+        self._prefixes = open_prefixes(
+            bundle, prefix_cache, limit=parse_bytes("prefix_cache_limit", prefix_cache_limit)
+        )
         self._compiled = compiled_graph(
             bundle, cache_dir=cache_dir, threads=self.threads, verify=verify
         )
@@ -165,9 +185,9 @@ class LLM:
         single = _single_token(decoder)
         planner = ChunkPlanner(fixed=self._fixed_chunk, widest=decoder.widest, single_token=single)
         self._drafting = Drafting(StepCosts(single=single), possible=decoder.verifies)
-        self._engine = Engine(decoder, Slot(decoder, planner))
+        self._engine = Engine(decoder, Slot(decoder, planner, self._prefixes))
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, _close, self._engine, self._prefixes)
         self.load_seconds: float = time.perf_counter() - started
 
     @classmethod
@@ -178,6 +198,8 @@ class LLM:
         threads: int | None = None,
         prefill_chunk: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        prefix_cache: str | os.PathLike[str] | None = None,
+        prefix_cache_limit: int | str = LIMIT,
         memory_limit: int | str | None = None,
         verify: bool = False,
     ) -> Self:
@@ -193,6 +215,8 @@ class LLM:
             threads=threads,
             prefill_chunk=prefill_chunk,
             cache_dir=cache_dir,
+            prefix_cache=prefix_cache,
+            prefix_cache_limit=prefix_cache_limit,
             memory_limit=memory_limit,
             verify=verify,
         )
@@ -372,6 +396,97 @@ class LLM:
         assert isinstance(found, np.ndarray)
         return found
 
+    def chat_prefix(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The tokens that a conversation begins with whatever the user says behind these messages.
+
+        Arguments and errors are those of :meth:`chat`; the result is for :meth:`bake`.
+        """
+        one, other = (
+            self.apply_chat_template(
+                [*messages, {"role": "user", "content": text}],
+                tools=tools,
+                template=template,
+                template_options=template_options,
+            )
+            for text in ("Zebra", "7")
+        )
+        return one[: common_length(np.array(one), np.array(other))]
+
+    def bake(self, prefix: Prompt, *, on_prompt: Callable[[int, int], None] | None = None) -> Path:
+        """Compute what prompts will begin with, and write it to the prefix cache to last.
+
+        Args:
+            prefix: Text, or tokens as :meth:`chat_prefix` gives them. Text is cut into tokens as if
+                nothing came behind it, so it should end where a word does.
+            on_prompt: Called with the tokens done and in all, before each chunk.
+
+        Returns:
+            The file, of which there is one whatever was baked how often.
+
+        Raises:
+            ArgumentError: The model was loaded without ``prefix_cache``.
+            ContextLengthError: The prefix does not fit into the context.
+            SessionError: The folder cannot be written, or its limit is too low.
+        """
+        if self._prefixes is None or not self._prefixes.writes:
+            raise ArgumentError("prefix_cache", "a folder to bake into", None)
+        tokens = self._prompt_tokens(prefix, "prefix")
+        if len(tokens) > self.context:
+            raise ContextLengthError(len(tokens), 0, self.context)
+        (entry,) = self._engine.execute(Baking(tokens, progress=on_prompt))
+        if entry is None:
+            raise SessionError(
+                f"Nothing was baked into {str(self._prefixes.path)!r}.",
+                "Choose another folder, free some disk space, or raise prefix_cache_limit.",
+            )
+        assert isinstance(entry, Path)
+        return entry
+
+    def save_session(self, path: str | os.PathLike[str]) -> int:
+        """Write what is computed of the last conversation to a file.
+
+        Another process, or this one after other requests, goes on from there with
+        :meth:`load_session`. The messages are the caller's to keep.
+
+        Args:
+            path: The file, which is replaced. It holds the conversation's tokens in the clear.
+
+        Returns:
+            How many tokens were saved.
+
+        Raises:
+            SessionError: Nothing was computed yet.
+            ArgumentError: The model is another program's folder.
+            OSError: The system refuses; what was there before is still there.
+        """
+        (count,) = self._engine.execute(SaveSession(Path(path), self._owner))
+        return cast(int, count)
+
+    def load_session(self, path: str | os.PathLike[str]) -> int:
+        """Take up a conversation that :meth:`save_session` wrote, so that none of it is computed.
+
+        Args:
+            path: The file.
+
+        Returns:
+            How many tokens it has.
+
+        Raises:
+            SessionError: The file is damaged, or belongs to another model, version of onnxruntime
+                or processor, or to a longer context. Nothing has changed then.
+            ArgumentError: The model is another program's folder.
+            OSError: The file cannot be read.
+        """
+        (count,) = self._engine.execute(LoadSession(Path(path), self._owner))
+        return cast(int, count)
+
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""
         return self._tokenizer.encode(text, add_bos=add_bos)
@@ -383,6 +498,10 @@ class LLM:
     def close(self) -> None:
         """End running requests and free the model; may be called again."""
         self._finalizer()
+
+    @functools.cached_property
+    def _owner(self) -> str:
+        return state_owner(self._bundle)
 
     def __enter__(self) -> Self:
         return self
@@ -469,6 +588,12 @@ class LLM:
                     on_prompt(result.done, result.total)
                 elif chunk := generation.chunk(result):
                     yield chunk
+
+
+def _close(engine: Engine, prefixes: PrefixCache | None) -> None:
+    engine.close()
+    if prefixes is not None:
+        prefixes.flush()
 
 
 def _single_token(decoder: Decoder) -> float:

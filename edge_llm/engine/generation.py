@@ -25,7 +25,7 @@ from edge_llm.text.streaming import Detokenizer
 
 if TYPE_CHECKING:
     from edge_llm.engine.drafting import Drafting
-    from edge_llm.engine.slot import Slot
+    from edge_llm.engine.slot import Reuse, Slot
     from edge_llm.text.tokenizer import Tokenizer
 
 __all__ = ["Generation", "PromptProgress", "Request"]
@@ -136,7 +136,7 @@ class Generation(Job):
         self._load_seconds = load_seconds
         self._clock = _Clock(self.created)
         self._answered = 0
-        self._reused = 0
+        self._reuse: Reuse | None = None
         # What was not handed over yet: by the engine, and by the caller's side.
         self._part = _Part([], [], "" if request.stops else None)
         self._held = _Part([], [], None)
@@ -145,7 +145,7 @@ class Generation(Job):
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
         prompt = self._request.prompt
-        self._reused = slot.rewind(prompt)
+        self._reuse = slot.recall(prompt)
         logits = slot.prefill(prompt, between=self._between_chunks)
         self._clock.prompted = time.perf_counter()
         if logits is None:
@@ -252,7 +252,7 @@ class Generation(Job):
         return "length" if self._answered == self._request.max_tokens else None
 
     def _end(self, reason: FinishReason) -> None:
-        text = self._part.text
+        text, reuse = self._part.text, self._reuse
         self.put(
             replace(
                 self._part,
@@ -260,10 +260,12 @@ class Generation(Job):
                 reason=reason,
                 usage=Usage(
                     prompt_tokens=len(self._request.prompt),
-                    reused_tokens=self._reused,
+                    reused_tokens=reuse.tokens if reuse else 0,
                     completion_tokens=self._answered,
                     drafted_tokens=self._drafted,
                     accepted_tokens=self._accepted,
+                    reused_from_disk=reuse.from_disk if reuse else 0,
+                    prefix_break=reuse.broken if reuse else None,
                 ),
                 timings=self._clock.timings(self._load_seconds, self._answered),
             )

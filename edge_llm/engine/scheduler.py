@@ -151,3 +151,4 @@ class Engine:
                     error = ClosedError("The model was closed during the request.")
             job.finish(error)
             del job, error
+            slot.settle()
