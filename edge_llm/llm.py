@@ -18,13 +18,7 @@ from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
 from edge_llm.bundle import Bundle
-from edge_llm.caching.prefixes import (
-    LIMIT,
-    PrefixCache,
-    common_length,
-    open_prefixes,
-    state_owner,
-)
+from edge_llm.caching.prefixes import LIMIT, PrefixCache, common_length
 from edge_llm.compiled import compiled_graph
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
@@ -58,6 +52,7 @@ from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.device import release_memory
 from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import open_session, resolve_threads
+from edge_llm.states import open_prefixes, state_owner
 from edge_llm.text.chat import (
     ChatTemplate,
     Message,

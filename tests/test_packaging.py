@@ -43,6 +43,7 @@ LAYERS = {
     "options": 5,
     "compiled": 6,
     "memory": 6,
+    "states": 6,
     "importing": 8,
     "llm": 7,
     "measure": 8,

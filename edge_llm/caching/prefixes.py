@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.caching.folder import CacheFolder, default_cache_folder
+from edge_llm.caching.folder import CacheFolder
 from edge_llm.caching.state_file import (
-    VERSION,
     DoubtfulFileError,
     SavedState,
     cut,
     read_tokens,
     write_state,
 )
-from edge_llm.errors import ArgumentError
-from edge_llm.runtime.device import cpu_identity
-from edge_llm.runtime.session import import_onnxruntime
 
 if TYPE_CHECKING:
-    from edge_llm.bundle import Bundle
     from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["LIMIT", "Offer", "PrefixCache", "common_length", "open_prefixes", "state_owner"]
+__all__ = ["LIMIT", "Offer", "PrefixCache", "common_length"]
 
 log = logging.getLogger("edge_llm")
 
-KIND = "prefixes"
 BAKED = "baked-"
 
 LIMIT = 1 << 30
@@ -62,7 +54,7 @@ class PrefixCache:
 
     Args:
         path: The folder. Prompts lie in it in the clear; it is made for this user alone.
-        owner: What the model is, see :func:`state_owner`.
+        owner: What the model is, see :func:`~edge_llm.states.state_owner`.
         limit: Most bytes of all entries together. Baked ones go last.
         writes: Whether to write; else entries are only read.
     """
@@ -162,8 +154,9 @@ class PrefixCache:
         """Do something beside the engine's thread; False where that is busy with another."""
         if self._writer is not None and self._writer.is_alive():
             return False
-        self._writer = threading.Thread(target=write, name="edge_llm-prefixes", daemon=True)
-        self._writer.start()
+        writer = threading.Thread(target=write, name="edge_llm-prefixes", daemon=True)
+        writer.start()
+        self._writer = writer
         return True
 
     def flush(self) -> None:
@@ -333,56 +326,6 @@ class Offer:
             self._prefixes.write(self._cache, self._row, self._tokens, done=self._read.set)
         finally:
             self._read.set()
-
-
-def state_owner(bundle: Bundle) -> str:
-    """A hash of all that a decoder's state follows from besides the tokens.
-
-    Graph, weights, tokenizer, the state's types and layout, the version of onnxruntime, and the
-    processor, whose kernels round as no other's do.
-
-    Raises:
-        ArgumentError: The model is another program's folder, which states no hashes.
-    """
-    if bundle.foreign:
-        raise ArgumentError(
-            "path",
-            "a bundle, for states to be kept: they are known by the hashes of the model's files, "
-            "which other folders do not state",
-            str(bundle.path),
-            "`edge-llm import` makes a bundle of it.",
-        )
-    manifest = bundle.manifest
-    files = {**bundle.model_files, manifest.tokenizer: manifest.files[manifest.tokenizer]}
-    parts = {
-        "format": VERSION,
-        "files": {name: one.sha256 for name, one in files.items()},
-        "decoder": asdict(manifest.decoder),
-        "onnxruntime": import_onnxruntime().__version__,
-        "processor": cpu_identity(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def open_prefixes(
-    bundle: Bundle, path: str | os.PathLike[str] | None, *, limit: int = LIMIT
-) -> PrefixCache | None:
-    """The prefix cache of a model; None where there is none to look into.
-
-    Args:
-        bundle: The model.
-        path: The folder; None reads what was baked into this user's cache folder.
-        limit: Most bytes of all entries together.
-
-    Raises:
-        ArgumentError: ``path`` is given with another program's folder, which states no hashes.
-    """
-    if path is not None:
-        return PrefixCache(path, owner=state_owner(bundle), limit=limit)
-    default = default_cache_folder(KIND)
-    if bundle.foreign or not default.is_dir():
-        return None
-    return PrefixCache(default, owner=state_owner(bundle), writes=False)
 
 
 def common_length(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

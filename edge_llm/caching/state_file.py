@@ -33,6 +33,7 @@ __all__ = ["DoubtfulFileError", "SavedState", "cut", "read_tokens", "write_state
 MAGIC = b"edge-kv\0"
 VERSION = 1
 ALIGNMENT = 64
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows' own
 START = struct.Struct("<8sIIQ32s")
 
 
@@ -122,7 +123,9 @@ def write_state(
     """
     stored = np.ascontiguousarray(tokens, "<i4")
     checksums = dict.fromkeys(arrays, "0" * 16)
-    with path.open("wb") as file:
+    # For this user alone, whatever the folder is: a prompt can be read from it.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
         header, at = _header(owner, stored, arrays, checksums)
         file.seek(at)
         file.write(stored.data)

@@ -67,12 +67,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from edge_llm.caching.folder import default_cache_folder
-    from edge_llm.caching.prefixes import KIND, LIMIT
+    from edge_llm.caching.prefixes import LIMIT
     from edge_llm.memory import parse_bytes
+    from edge_llm.states import default_prefix_cache
 
     limit = None if arguments.limit is None else parse_bytes("limit", arguments.limit)
-    folder = arguments.prefix_cache or str(default_cache_folder(KIND))
+    folder = arguments.prefix_cache or str(default_prefix_cache())
     if arguments.prune:
         document, text = _prune(folder, limit or 0)
     elif arguments.bundle is None:

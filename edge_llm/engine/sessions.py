@@ -58,7 +58,7 @@ class SaveSession(Job):
 
     Args:
         path: The file.
-        owner: See :func:`~edge_llm.caching.prefixes.state_owner`.
+        owner: See :func:`~edge_llm.states.state_owner`.
     """
 
     def __init__(self, path: Path, owner: str) -> None:
@@ -85,7 +85,7 @@ class LoadSession(Job):
 
     Args:
         path: The file.
-        owner: See :func:`~edge_llm.caching.prefixes.state_owner`.
+        owner: See :func:`~edge_llm.states.state_owner`.
     """
 
     def __init__(self, path: Path, owner: str) -> None:

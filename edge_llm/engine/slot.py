@@ -118,7 +118,7 @@ class Slot:
 
         Args:
             path: Where to.
-            owner: See :func:`~edge_llm.caching.prefixes.state_owner`.
+            owner: See :func:`~edge_llm.states.state_owner`.
 
         Returns:
             How many tokens that are.
