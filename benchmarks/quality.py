@@ -11,8 +11,9 @@ float32 models must agree with the reference, so that nobody is charged for a co
     python benchmarks/quality.py CHECKPOINT TEXT --windows 60 --threads 1
     python benchmarks/quality.py --rows "int4*" "llama.cpp*" --also "--quantize int8 --block 128"
 
-Without a checkpoint the built-in model answers its held-out requests: windows are requests, of
-which only the answers' tokens count; and our bundles are asked to answer, to the letter. The last
+Without a checkpoint the built-in model answers its held-out requests, and is calibrated on others
+of the same kind: windows are requests, of which only the answers' tokens count; and our bundles are
+asked to answer, to the letter. The last
 line of stdout is a JSON document. The peers come with ``pip install 'edge-llm[benchmarks]'``.
 """
 
@@ -30,6 +31,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ from edge_llm.measure import environment
 from edge_llm.quality import Estimate, read_text_file
 from edge_llm_export.builtin.bundle import MAX_CONTEXT
 from edge_llm_export.builtin.evaluation import exact_match, held_out_split
+from edge_llm_export.builtin.generator import samples
+from edge_llm_export.builtin.tokenizer import ANSWER, BOS, EOS, rendered
 from edge_llm_export.builtin.train import CHECKPOINT
 
 ROWS = {
@@ -67,6 +71,7 @@ ROWS = {
         for method in ("rtn", "gptq")
         for block in (32, 64, 128)
     },
+    "auto": recipe("edge-llm", "--quantize auto"),
     **{f"llama.cpp {kind}": recipe("llama.cpp", kind) for kind in ("Q8_0", "Q4_0", "Q4_K_M")},
     "genai int4 b32": recipe("onnxruntime-genai", "int4"),
     "genai int4 b32 rtn": recipe("onnxruntime-genai", "int4 algo_config=rtn"),
@@ -81,6 +86,7 @@ UNQUANTIZED = {
     "onnxruntime-genai": recipe("onnxruntime-genai", "fp32"),
 }
 CHECKED_PASSAGES = 8
+CALIBRATION_SEED, CALIBRATION_SAMPLES = 7, 4000
 AGREEMENT = 1e-6  # nats per token; llama.cpp's float16 cache alone is worth 1e-8 to 1e-7
 
 
@@ -120,6 +126,24 @@ def choose_rows(patterns: Sequence[str], also: Sequence[str]) -> dict[str, Recip
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     return rows | {flags: recipe("edge-llm", flags) for flags in also}
+
+
+def write_calibration_text(file: Path) -> Path:
+    """Write requests and answers of the built-in model's training side, in the form it sees.
+
+    It was trained on answers alone, so the requests that it would write itself are no text.
+    """
+    made = islice(samples(CALIBRATION_SEED), CALIBRATION_SAMPLES)
+    text = (f"{BOS}{rendered(one.request)}{ANSWER}{one.answer}{EOS}" for one in made)
+    file.write_text("".join(text), encoding="utf-8")
+    return file
+
+
+def calibrated(row: Recipe, text: Path) -> Recipe:
+    """The recipe, calibrated on a text if it is calibrated at all."""
+    if row.engine == "edge-llm" and not {"auto", "gptq"}.isdisjoint(row.arguments):
+        return dataclasses.replace(row, arguments=(*row.arguments, "--calibrate", str(text)))
+    return row
 
 
 def check_conversions(
@@ -299,6 +323,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
+        if builtin:
+            text = write_calibration_text(folder / "calibration.txt")
+            rows = {name: calibrated(row, text) for name, row in rows.items()}
         models = ModelFolder(
             checkpoint,
             folder,

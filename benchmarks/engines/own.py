@@ -26,7 +26,7 @@ class EdgeEngine:
     """A bundle in edge_llm."""
 
     def __init__(self, path: Path, *, context: int, threads: int) -> None:
-        self._llm = LLM(path, context=context, threads=threads)
+        self._llm = LLM(path, context=context, threads=threads, slots=1)
 
     def logits(self, tokens: Sequence[int], *, last: int) -> NDArray[np.float32]:
         """See :class:`~benchmarks.engines.engine.Engine`."""
@@ -34,15 +34,14 @@ class EdgeEngine:
 
     def answer(self, prompt: Sequence[int], *, max_tokens: int) -> Answer:
         """See :class:`~benchmarks.engines.engine.Engine`."""
-        self._llm.generate([(prompt[0] + 1) % self._llm.manifest.dims.vocab], max_tokens=1)
         answer = self._llm.generate(
             prompt,
             max_tokens=max_tokens,
             min_tokens=max_tokens,
             temperature=0.0,
             speculation="off",
+            reuse_prefix=False,
         )
-        assert answer.usage.reused_tokens == 0  # the request in front of it emptied the cache
         first = answer.timings.first_token
         assert first is not None
         return Answer(first, answer.timings.per_token or 0.0, answer.tokens)
