@@ -301,7 +301,7 @@ def test_progress_at_a_terminal(files: Files, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_kills_lose_nothing_and_repeat_nothing(files: Files) -> None:
-    files.ask(*prompts(90))
+    files.ask(*prompts(50))
     assert files.run() == 0
     undisturbed = files.texts()
     files.output.unlink()
