@@ -284,11 +284,12 @@ def test_progress_at_a_terminal(files: Files, monkeypatch: pytest.MonkeyPatch) -
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(batch, "REDRAW_SECONDS", 0)
     files.ask(*prompts(6), {"prompt": 5})
     assert files.run() == 1
-    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    written = terminal.getvalue()
     assert "\r" in written
     assert "7 of 7 · 1 failed · " in written
     assert " left" in written
