@@ -19,6 +19,7 @@
     ├── PlatformError                           this machine cannot run the runtime
     ├── QueueFullError                          as many requests wait as may
     ├── RuntimeFailure                          ONNX Runtime refused or failed a step
+    ├── SessionError                            a saved session cannot be gone on from
     └── ExportError                             a bundle cannot be made
         ├── CheckpointError (also a BundleError) the files that a model came in are not usable
         ├── UnsupportedModelError               the checkpoint asks for the unknown
@@ -59,6 +60,7 @@ __all__ = [
     "PlatformError",
     "QueueFullError",
     "RuntimeFailure",
+    "SessionError",
     "SlowKernelWarning",
     "TelemetryWarning",
     "UnsupportedFormatError",
@@ -226,6 +228,10 @@ class QueueFullError(EdgeLLMError):
 
 class RuntimeFailure(EdgeLLMError):  # noqa: N818 - the tree's one failure that is nobody's mistake
     """ONNX Runtime refused the graph or failed during a step."""
+
+
+class SessionError(EdgeLLMError):
+    """A saved session is damaged, or belongs to another model, runtime or processor."""
 
 
 class ExportError(EdgeLLMError):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from typing import Self, Unpack
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
+from edge_llm.caching.prefixes import common_length
 from edge_llm.calls import Calls
 from edge_llm.engine.scoring import Distributions
+from edge_llm.engine.sessions import Baking, LoadSession, SaveSession
 from edge_llm.engine.statistics import EngineStats
-from edge_llm.errors import ContextLengthError
+from edge_llm.errors import ArgumentError, ContextLengthError, SessionError
 from edge_llm.manifest import Manifest
 from edge_llm.memory import MemoryEstimate
 from edge_llm.model import Model, Prompt
-from edge_llm.options import LoadOptions, integer
+from edge_llm.options import ChatOptions, LoadOptions, integer
 from edge_llm.results import Score
+from edge_llm.text.chat import Message
 
 __all__ = ["LLM"]
 
@@ -153,6 +157,86 @@ class LLM(Calls):
         found = self._model.execute(Distributions(sequence, last=last, continued=continued))
         assert isinstance(found, np.ndarray)
         return found
+
+    def chat_prefix(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """The tokens that a conversation begins with whatever the user says behind these messages.
+
+        Arguments and errors are those of :meth:`chat`; the result is for :meth:`bake`.
+        """
+        one, other = (
+            self.apply_chat_template([*messages, {"role": "user", "content": text}], **options)
+            for text in ("Zebra", "7")
+        )
+        return one[: common_length(np.array(one), np.array(other))]
+
+    def bake(self, prefix: Prompt, *, on_prompt: Callable[[int, int], None] | None = None) -> Path:
+        """Compute what prompts will begin with, and write it to the prefix cache to last.
+
+        Args:
+            prefix: Text, or tokens as :meth:`chat_prefix` gives them. Text is cut into tokens as if
+                nothing came behind it, so it should end where a word does.
+            on_prompt: Called with the tokens done and in all, before each chunk.
+
+        Returns:
+            The file, of which there is one whatever was baked how often.
+
+        Raises:
+            ArgumentError: The model was loaded without ``prefix_cache``.
+            ContextLengthError: The prefix does not fit into the context.
+            SessionError: The folder cannot be written, or its limit is too low.
+        """
+        prefixes = self._model.prefixes
+        if prefixes is None or not prefixes.writes:
+            raise ArgumentError("prefix_cache", "a folder to bake into", None)
+        tokens = self._model.prompt_tokens(prefix, "prefix")
+        if len(tokens) > self.context:
+            raise ContextLengthError(len(tokens), 0, self.context)
+        entry = self._model.execute(Baking(tokens, progress=on_prompt))
+        if entry is None:
+            raise SessionError(
+                f"Nothing was baked into {str(prefixes.path)!r}.",
+                "Choose another folder, free some disk space, or raise prefix_cache_limit.",
+            )
+        assert isinstance(entry, Path)
+        return entry
+
+    def save_session(self, path: str | os.PathLike[str]) -> int:
+        """Write what is computed of the last conversation to a file.
+
+        Another process, or this one after other requests, goes on from there with
+        :meth:`load_session`. The messages are the caller's to keep.
+
+        Args:
+            path: The file, which is replaced. It holds the conversation's tokens in the clear.
+
+        Returns:
+            How many tokens were saved.
+
+        Raises:
+            SessionError: Nothing was computed yet.
+            ArgumentError: The model is another program's folder.
+            OSError: The system refuses; what was there before is still there.
+        """
+        count = self._model.execute(SaveSession(Path(path), self._model.owner))
+        return cast(int, count)
+
+    def load_session(self, path: str | os.PathLike[str]) -> int:
+        """Take up a conversation that :meth:`save_session` wrote, so that none of it is computed.
+
+        Args:
+            path: The file.
+
+        Returns:
+            How many tokens it has.
+
+        Raises:
+            SessionError: The file is damaged, or belongs to another model, version of onnxruntime
+                or processor, or to a longer context. Nothing has changed then.
+            ArgumentError: The model is another program's folder.
+            OSError: The file cannot be read.
+        """
+        count = self._model.execute(LoadSession(Path(path), self._model.owner))
+        return cast(int, count)
 
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""

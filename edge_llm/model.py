@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE
 from edge_llm.bundle import Bundle
+from edge_llm.caching.prefixes import LIMIT, PrefixCache
 from edge_llm.compiled import compiled_graph
 from edge_llm.decoding.sampling import Sampling
 from edge_llm.engine.chunking import ChunkPlanner
@@ -50,6 +51,7 @@ from edge_llm.runtime.device import available_memory, release_memory
 from edge_llm.runtime.kv_cache import state_bytes
 from edge_llm.runtime.layouts import most_rows, open_decoder
 from edge_llm.runtime.session import open_session, resolve_threads
+from edge_llm.states import open_prefixes, state_owner
 from edge_llm.text.tokenizer import Tokenizer
 
 __all__ = ["Model", "Prompt"]
@@ -78,6 +80,7 @@ class Model:
         threads: Threads that compute.
         slots: Sequences that are answered at once.
         tokenizer: Makes tokens of text, and text of tokens.
+        prefixes: Where the beginnings of prompts are kept, if anywhere.
         drafting: Chooses the length of drafts.
         templates: Sources of the chat templates, by name.
         engine: Owns the decoder.
@@ -99,6 +102,11 @@ class Model:
         on_request = options.get("on_request")
         if on_request is not None and not callable(on_request):
             raise ArgumentError("on_request", "a function", on_request)
+        self.prefixes = open_prefixes(
+            bundle,
+            options.get("prefix_cache"),
+            limit=parse_bytes("prefix_cache_limit", options.get("prefix_cache_limit", LIMIT)),
+        )
         self._compiled = compiled_graph(
             bundle, cache_dir=options.get("cache_dir"), threads=self.threads, verify=verify
         )
@@ -133,13 +141,22 @@ class Model:
         self.engine = Engine(
             decoder,
             Stepper(decoder, planner, self.drafting),
-            Slots(decoder.cache, decoder.rows),
+            Slots(decoder.cache, decoder.rows, self.prefixes),
             queue_limit=queue_limit,
             on_request=on_request,
         )
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
-        self.finalizer = weakref.finalize(self, self.engine.close)
+        self.finalizer = weakref.finalize(self, _close, self.engine, self.prefixes)
         self.load_seconds = time.perf_counter() - started
+
+    @functools.cached_property
+    def owner(self) -> str:
+        """What tells this model's saved states from others'.
+
+        Raises:
+            ArgumentError: The model is another program's folder.
+        """
+        return state_owner(self.bundle)
 
     @functools.cached_property
     def memory(self) -> MemoryEstimate:
@@ -332,6 +349,12 @@ def _chunk(generation: Generation, result: object, options: GenerateOptions) -> 
     assert on_prompt is not None
     on_prompt(result.done, result.total)
     return None
+
+
+def _close(engine: Engine, prefixes: PrefixCache | None) -> None:
+    engine.close()
+    if prefixes is not None:
+        prefixes.flush()
 
 
 def _single_token(decoder: Decoder) -> float:

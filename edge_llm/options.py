@@ -52,6 +52,11 @@ class LoadOptions(TypedDict, total=False):
         cache_dir: Compile the weights into this folder (see :mod:`edge_llm.compiled`), which later
             processes then map. Without it nothing is written; what ``edge-llm compile`` has
             compiled is used all the same.
+        prefix_cache: Keep the beginnings of prompts in this folder, in the clear, and take what is
+            there in place of computing it (see :meth:`edge_llm.LLM.bake`). Without it nothing is
+            written, and what ``edge-llm bake`` has put into this user's cache folder is used.
+        prefix_cache_limit: Most bytes of that folder, or text such as "2GB"; what was used least
+            recently goes. By default 1 GiB.
         memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
             model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
             ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
@@ -68,6 +73,8 @@ class LoadOptions(TypedDict, total=False):
     queue_limit: int
     prefill_chunk: int | None
     cache_dir: str | os.PathLike[str] | None
+    prefix_cache: str | os.PathLike[str] | None
+    prefix_cache_limit: int | str
     memory_limit: int | str | None
     on_request: Callable[[RequestReport], object] | None
     verify: bool

@@ -13,6 +13,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "FinishReason",
+    "PrefixBreak",
     "RequestKind",
     "RequestReport",
     "Score",
@@ -21,7 +22,24 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
-RequestKind = Literal["answer", "score", "logits"]
+RequestKind = Literal["answer", "score", "logits", "session"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixBreak:
+    """Where a prompt stopped being what was at hand, in memory or in the prefix cache.
+
+    A date or a name in a system prompt's first lines costs the whole prompt: here it shows.
+
+    Attributes:
+        position: How many tokens of the prompt matched, at least 1.
+        cached: The token that was at hand there.
+        prompt: The prompt's own token there. ``LLM.detokenize`` gives their text.
+    """
+
+    position: int
+    cached: int
+    prompt: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +48,11 @@ class Usage:
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        reused_tokens: How many of them were still in the cache and were not computed again.
+        reused_tokens: How many of them were at hand and were not computed again.
+        reused_from_disk: How many of these were read from the prefix cache; the others were still
+            in memory.
+        prefix_break: Which token ended what the prompt has in common with what was at hand; None
+            where nothing was, or all matched.
         completion_tokens: Tokens of the answer, an ending token included.
         drafted_tokens: Guesses at the answer's tokens that were computed along with it.
         accepted_tokens: How many of them came true: so many steps were saved.
@@ -41,6 +63,8 @@ class Usage:
     completion_tokens: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    reused_from_disk: int = 0
+    prefix_break: PrefixBreak | None = None
 
     @property
     def total_tokens(self) -> int:

@@ -43,6 +43,7 @@ LAYERS = {
     "options": 5,
     "compiled": 6,
     "memory": 6,
+    "states": 6,
     "batching": 7,
     "model": 7,
     "calls": 8,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engines.engine import Answer
 
-__all__ = ["LlamaCppEngine", "quantize"]
+__all__ = ["LlamaCppEngine", "lib", "quantize"]
 
 _silent = lib.llama_log_callback(lambda level, text, data: None)
 lib.llama_log_set(_silent, ctypes.c_void_p(0))

@@ -141,7 +141,8 @@ def report_bundle(folder: Path, manifest: Manifest, *, as_json: bool) -> None:
 def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:
     """A request's tokens and speed in two lines."""
     computed = usage.prompt_tokens - usage.reused_tokens
-    parts = [f"prompt {usage.prompt_tokens} tokens ({usage.reused_tokens} reused)"]
+    source = ", from the prefix cache" if usage.reused_from_disk else ""
+    parts = [f"prompt {usage.prompt_tokens} tokens ({usage.reused_tokens} reused{source})"]
     if timings.prompt > 0:
         parts.append(f"{timings.prompt:.2f} s, {computed / timings.prompt:.0f} tok/s")
     if timings.first_token is not None:

@@ -80,6 +80,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="compile the weights into this folder, for later runs; see `edge-llm compile`",
     )
     group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="keep the beginnings of prompts in this folder, for later runs; see `edge-llm bake`",
+    )
+    group.add_argument(
         "--memory-limit",
         metavar="SIZE",
         help='most memory that the process may take, such as "512MB"; without --context, the '
@@ -148,6 +153,7 @@ def load_model(arguments: argparse.Namespace) -> LLM:
         threads=arguments.threads,
         slots=arguments.slots,
         cache_dir=arguments.cache_dir,
+        prefix_cache=arguments.prefix_cache,
         memory_limit=arguments.memory_limit,
         verify=arguments.verify,
     )

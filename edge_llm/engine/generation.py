@@ -19,13 +19,13 @@ from edge_llm.decoding.sampling import (
 )
 from edge_llm.decoding.speculation import PromptLookup
 from edge_llm.decoding.stops import StopMatcher
-from edge_llm.engine.job import NO_TOKENS, Feed, Job, Steps
+from edge_llm.engine.job import NO_TOKENS, Feed, Job, Steps, feed_prompt
 from edge_llm.results import Chunk, FinishReason, RequestReport, Timings, Usage
 from edge_llm.text.streaming import Detokenizer
 
 if TYPE_CHECKING:
     from edge_llm.engine.drafting import Drafting
-    from edge_llm.engine.slot import Slot
+    from edge_llm.engine.slot import Reuse, Slot
     from edge_llm.text.tokenizer import Tokenizer
 
 __all__ = ["Generation", "PromptProgress", "Request"]
@@ -146,7 +146,7 @@ class Generation(Job):
         self._writer = _Writer(tokenizer, request)
         self._load_seconds = load_seconds
         self._clock = _Clock(self.created)
-        self._reused = 0
+        self._reuse: Reuse | None = None
         self._last_part: _Part | None = None
         # What was not handed over yet: by the engine, and by the caller's side.
         self._part = _Part([], [], "" if request.stops else None)
@@ -156,12 +156,8 @@ class Generation(Job):
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
         prompt = self._request.prompt
-        self._reused = slot.rewind(self.prompt)
-        logits = None
-        while logits is None:
-            if self._request.progress:
-                self.put(PromptProgress(slot.length, len(prompt)))
-            logits = yield Feed(prompt[slot.length :], divisible=True)
+        self._reuse = slot.recall(self.prompt)
+        logits = yield from feed_prompt(slot, prompt, self._progress)
         self._clock.prompted = time.perf_counter()
         while True:
             slot.drop(self.consume(logits))
@@ -171,8 +167,9 @@ class Generation(Job):
             if self._request.stream:
                 self.put(self._part)
                 self._part = _Part([], [], "" if self._request.stops else None)
-            logits = yield self.wanted(slot)
-            assert logits is not None
+            given = yield self.wanted(slot)
+            assert given is not None
+            logits = given
 
     def wanted(self, slot: Slot) -> Feed:
         """What to feed next: the last token, and drafts behind it."""
@@ -236,6 +233,10 @@ class Generation(Job):
             timings=result.timings,
         )
 
+    def _progress(self, done: int) -> None:
+        if self._request.progress:
+            self.put(PromptProgress(done, len(self._request.prompt)))
+
     def _choose(self, logits: NDArray[np.float32]) -> int:
         early = self.answered < self._request.min_tokens
         token = self._sampler.sample(logits, forbidden=self._forbidden if early else ())
@@ -269,17 +270,19 @@ class Generation(Job):
         )
 
     def _end(self, reason: FinishReason) -> None:
-        text = self._part.text
+        text, reuse = self._part.text, self._reuse
         self._last_part = replace(
             self._part,
             text=None if text is None else text + self._writer.flush(),
             reason=reason,
             usage=Usage(
                 prompt_tokens=len(self._request.prompt),
-                reused_tokens=self._reused,
+                reused_tokens=reuse.tokens if reuse else 0,
                 completion_tokens=self.answered,
                 drafted_tokens=self._drafted,
                 accepted_tokens=self._accepted,
+                reused_from_disk=reuse.from_disk if reuse else 0,
+                prefix_break=reuse.broken if reuse else None,
             ),
             timings=self._clock.timings(self._load_seconds, self.answered),
         )

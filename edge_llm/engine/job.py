@@ -20,7 +20,7 @@ from edge_llm.results import FinishReason, RequestKind, RequestReport
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["NO_TOKENS", "POLL_SECONDS", "Feed", "Job", "Steps"]
+__all__ = ["NO_TOKENS", "POLL_SECONDS", "Feed", "Job", "Steps", "feed_prompt"]
 
 # How often a waiting caller looks at its cancel event and its deadline. Short enough to act at
 # once; and on Windows a wait without end could not be interrupted from the keyboard.
@@ -59,6 +59,27 @@ Steps = Generator[Feed, NDArray[np.float32] | None, None]
 """A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab]."""
 
 
+def feed_prompt(
+    slot: Slot, prompt: NDArray[np.int64], progress: Callable[[int], object]
+) -> Generator[Feed, NDArray[np.float32] | None, NDArray[np.float32]]:
+    """Steps that feed what a row does not hold of a prompt, in chunks.
+
+    Args:
+        slot: The row, which holds a proper prefix of the prompt.
+        prompt: int64 [tokens].
+        progress: Called before each chunk with the number of tokens done.
+
+    Returns:
+        The last token's logits, float32 [1, vocab].
+    """
+    reused, logits = slot.length, None
+    while logits is None:
+        progress(slot.length)
+        logits = yield Feed(prompt[slot.length :], divisible=True)
+    slot.offer(prompt, computed=len(prompt) - reused)
+    return logits
+
+
 class Job(ABC):
     """A unit of work with a way to end it early.
 
@@ -75,12 +96,14 @@ class Job(ABC):
 
     Attributes:
         created: When it was, in seconds of time.perf_counter().
+        resumes: Whether it works on the row that was used last, as that is.
         answered: Tokens of an answer that were chosen so far.
         finished: Whether all results are there.
         notify: Called, on the engine's thread, when a result was put.
     """
 
     kind: ClassVar[RequestKind]
+    resumes: ClassVar[bool] = False
 
     def __init__(
         self,

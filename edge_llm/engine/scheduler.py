@@ -243,7 +243,7 @@ class Engine:
 
     def _admit(self, slots: Slots) -> Generator[tuple[Job, Slot], None, None]:
         for job in self._waiting:
-            if (slot := slots.take(job.prompt)) is not None:
+            if (slot := slots.take(job.prompt, latest=job.resumes)) is not None:
                 self._waiting.remove(job)
                 yield job, slot
 
@@ -341,3 +341,4 @@ class Engine:
             if error is None and self._closed.is_set():
                 error = ClosedError("The model was closed during the request.")
         self._tell(one.job, error)
+        one.slot.settle()

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.caching.prefixes import Offer, PrefixCache, common_length
+from edge_llm.caching.state_file import SavedState, write_state
+from edge_llm.results import PrefixBreak
 from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["Slot", "common_prefix"]
+__all__ = ["Reuse", "Slot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What of a prompt need not be computed.
+
+    Attributes:
+        tokens: Tokens that the row holds.
+        from_disk: How many of them the prefix cache gave: all or none.
+        broken: Where the prompt stopped matching what there was.
+    """
+
+    tokens: int
+    from_disk: int
+    broken: PrefixBreak | None
 
 
 class Slot:
@@ -18,11 +38,15 @@ class Slot:
     Args:
         cache: The decoder's state.
         row: Which row of it; moves when the engine closes a gap between two rows.
+        prefixes: Where prompts' beginnings are looked up and kept.
     """
 
-    def __init__(self, cache: StateCache, row: int) -> None:
+    def __init__(self, cache: StateCache, row: int, prefixes: PrefixCache | None = None) -> None:
         self.row = row
         self._cache = cache
+        self._prefixes = prefixes
+        # The prompt that the row begins with, where it is to be written to the prefix cache.
+        self._offer: Offer | None = None
         # What the cache's row holds: the first `length` entries.
         self._held = np.zeros(cache.capacity, np.int64)
 
@@ -59,23 +83,42 @@ class Slot:
             How many of the prompt's tokens are in the row; none where what comes behind them cannot
             be dropped from a window.
         """
+        self._withdraw()
         return self._cache.truncate(self.row, self.reusable(prompt))
+
+    def recall(self, prompt: NDArray[np.int64]) -> Reuse:
+        """Do as :meth:`rewind`, and take more of the prompt from the prefix cache if it is there.
+
+        Args:
+            prompt: int64 [tokens].
+        """
+        known: list[NDArray[np.integer]] = [self.held.copy()]
+        reused, loaded = self.rewind(prompt), 0
+        if self._prefixes is not None:
+            known.append(self._prefixes.closest(prompt))
+            loaded = self._prefixes.restore(self._cache, self.row, prompt, beyond=reused)
+            self._held[:loaded] = prompt[:loaded]
+        return Reuse(loaded or reused, loaded, _first_break(prompt, known))
 
     def reusable(self, prompt: NDArray[np.int64]) -> int:
         """Tokens of a prompt that :meth:`rewind` would keep where the row can be rolled back."""
-        return min(common_prefix(self.held, prompt), max(0, len(prompt) - 2))
+        return common_length(self.held, prompt[: max(0, len(prompt) - 2)])
 
     def clear(self) -> None:
         """Forget everything."""
+        self._withdraw()
         self._cache.truncate(self.row, 0)
 
     def note(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
         """Remember tokens that the next step appends."""
+        if self._offer is not None:
+            self._offer.before_step(len(tokens))
         start = self.length
         self._held[start : start + len(tokens)] = tokens
 
     def copy(self, other: Slot, length: int) -> None:
         """Take over the first ``length`` tokens of another row, or none where they are gone."""
+        self._withdraw()
         kept = self._cache.copy(other.row, self.row, length)
         self._held[:kept] = other._held[:kept]
 
@@ -83,10 +126,70 @@ class Slot:
         """Change places with a row that nobody needs: this one's content is in both then."""
         other.copy(self, self.length)
         self.row, other.row = other.row, self.row
+        if self._offer is not None:
+            self._offer.move(self.row)
+
+    def offer(self, prompt: NDArray[np.int64], *, computed: int) -> None:
+        """Have the prompt that the row was just fed with kept, if it is worth that.
+
+        Args:
+            prompt: int64 [tokens], all that the row holds.
+            computed: How many of them had to be computed.
+        """
+        if self._prefixes is not None:
+            self._offer = self._prefixes.offer(self._cache, self.row, prompt, computed=computed)
+
+    def settle(self) -> None:
+        """Begin to write the prompt that the row begins with, if it is to be kept.
+
+        For after a job: nobody waits for an answer then.
+        """
+        if self._offer is not None:
+            self._offer.write()
+
+    def bake(self) -> Path | None:
+        """Write all that the row holds to the prefix cache, to last; None where that fails."""
+        assert self._prefixes is not None
+        return self._prefixes.bake(self._cache, self.row, self.held)
+
+    def save(self, path: Path, owner: str) -> int:
+        """Write all that the row holds to a file of its own.
+
+        Args:
+            path: Where to.
+            owner: See :func:`~edge_llm.states.state_owner`.
+
+        Returns:
+            How many tokens that are.
+
+        Raises:
+            OSError: The system refuses.
+        """
+        write_state(path, owner, self.held, self._cache.read_row(self.row, self.length))
+        return self.length
+
+    def load(self, saved: SavedState) -> bool:
+        """Put what :meth:`save` wrote into the row; False where it does not fit into this cache."""
+        length = len(saved.tokens)
+        if not self._cache.accepts(length, saved.arrays):
+            return False
+        self._withdraw()
+        self._cache.write_row(self.row, length, saved.arrays)
+        self._held[:length] = saved.tokens
+        return True
+
+    def _withdraw(self) -> None:
+        """See to it that nobody reads the row's beginning, before it changes."""
+        if self._offer is not None:
+            self._offer.release()
+            self._offer = None
 
 
-def common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """How many leading tokens are the same."""
-    shorter = min(len(a), len(b))
-    different = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(different[0]) if len(different) else shorter
+def _first_break(
+    prompt: NDArray[np.int64], known: Sequence[NDArray[np.integer]]
+) -> PrefixBreak | None:
+    """Where a prompt differs from that of some sequences which it follows farthest."""
+    at, cached = max(((common_length(one, prompt), one) for one in known), key=lambda pair: pair[0])
+    if not 0 < at < min(len(cached), len(prompt)):
+        return None
+    return PrefixBreak(position=at, cached=int(cached[at]), prompt=int(prompt[at]))

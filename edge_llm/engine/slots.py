@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.engine.slot import Slot, common_prefix
+from edge_llm.caching.prefixes import PrefixCache, common_length
+from edge_llm.engine.slot import Slot
 from edge_llm.runtime.decoder import StateCache
 
 __all__ = ["Slots"]
@@ -27,10 +28,11 @@ class Slots:
     Args:
         cache: The decoder's state.
         rows: How many rows it has.
+        prefixes: Where prompts' beginnings are looked up and kept.
     """
 
-    def __init__(self, cache: StateCache, rows: int) -> None:
-        self.all: tuple[Slot, ...] = tuple(Slot(cache, row) for row in range(rows))
+    def __init__(self, cache: StateCache, rows: int, prefixes: PrefixCache | None = None) -> None:
+        self.all: tuple[Slot, ...] = tuple(Slot(cache, row, prefixes) for row in range(rows))
         self._prompts: dict[Slot, NDArray[np.int64]] = {}
         self._used = dict.fromkeys(self.all, 0)
         self._clock = itertools.count(1)
@@ -40,8 +42,12 @@ class Slots:
         """Rows that jobs work on."""
         return len(self._prompts)
 
-    def take(self, prompt: NDArray[np.int64]) -> Slot | None:
+    def take(self, prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
         """A row for a prompt, with as much of it as any row holds.
+
+        Args:
+            prompt: int64 [tokens].
+            latest: Give the row that was used last, as it is.
 
         Returns:
             None where all rows are taken, or where another job is computing the same tokens now:
@@ -50,6 +56,10 @@ class Slots:
         free = [slot for slot in self.all if slot not in self._prompts]
         if not free:
             return None
+        if latest:
+            slot = max(free, key=self._used.__getitem__)
+            self._prompts[slot] = prompt
+            return slot
         shared = {slot: slot.reusable(prompt) for slot in self.all} if len(prompt) else {}
         source = max(self.all, key=lambda slot: shared.get(slot, 0))
         most = shared.get(source, 0)
@@ -90,7 +100,7 @@ class Slots:
         most = 0
         for slot, other in self._prompts.items():
             if slot.length < len(other) - 1:
-                most = max(most, min(common_prefix(other, prompt), len(prompt) - 2))
+                most = max(most, min(common_length(other, prompt), len(prompt) - 2))
         return most
 
     def _gaps(self, slot: Slot) -> int:

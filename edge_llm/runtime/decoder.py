@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,35 @@ class StateCache(Protocol):
 
         Returns:
             What it holds then: ``length``, or 0 where something of them is no longer there.
+        """
+
+    def shortest(self, length: int) -> int:
+        """The length, besides 0, below which a row of ``length`` tokens cannot be rolled back."""
+
+    def read_row(self, row: int, length: int) -> dict[str, NDArray[np.generic]]:
+        """What a row holds of its first ``length`` tokens, to which it could be rolled back.
+
+        Returns:
+            By input's name, [kv_heads, positions, head_dim]: all of these tokens, or the last of
+            them that a window still holds. Steps may change the memory behind it.
+        """
+
+    def accepts(self, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
+        """Whether :meth:`write_row` can make a row of ``length`` tokens from these arrays.
+
+        Args:
+            length: Tokens.
+            arrays: By input's name, [kv_heads, positions, head_dim]: the last ``positions`` of
+                the tokens.
+        """
+
+    def write_row(self, row: int, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Put into a row what :meth:`read_row` gave; what it held before is forgotten.
+
+        Args:
+            row: Which.
+            length: Tokens, to which the arrays are cut.
+            arrays: As for :meth:`accepts`, which must have said yes.
         """
 
 

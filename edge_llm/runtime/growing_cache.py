@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class GrowingCache:
         self.lengths = np.zeros(1, np.int32)
         self.side = 0
         self._axes = [(one.shape, one.sequence_axis) for one in state]
+        self._names = [one.input for one in state]
         flat = {one.input: (math.prod(_sizes(one.shape, capacity)),) for one in state}
         self._sides = [
             list(allocate(flat, state, rows=1, capacity=capacity).values()) for _ in range(2)
@@ -77,6 +78,35 @@ class GrowingCache:
         """There is one row, which holds what it holds."""
         assert source == target
         return self.truncate(target, length)
+
+    def shortest(self, length: int) -> int:
+        """0: a sequence can be rolled back to any length."""
+        return 0
+
+    def read_row(self, row: int, length: int) -> dict[str, NDArray[np.generic]]:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.read_row`."""
+        views = self.views(self.side, int(self.lengths[row]))
+        return {
+            name: view[0][(slice(None),) * (axis - 1) + (slice(length),)]
+            for name, view, (_, axis) in zip(self._names, views, self._axes, strict=True)
+        }
+
+    def accepts(self, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.accepts`."""
+        return length <= self.capacity and all(
+            (array := arrays.get(name)) is not None
+            and array.dtype == view.dtype
+            and array.shape == view.shape[1:]
+            for name, view in zip(self._names, self.views(self.side, length), strict=True)
+        )
+
+    def write_row(self, row: int, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.write_row`."""
+        assert self.accepts(length, arrays)
+        self.lengths[row] = 0  # whatever comes in between, nothing half-written is ever used
+        for name, view in zip(self._names, self.views(self.side, length), strict=True):
+            view[0] = arrays[name]
+        self.lengths[row] = length
 
     def truncate(self, row: int, length: int) -> int:
         """Forget what the sequence holds from ``length`` on; gives ``length``."""

@@ -51,9 +51,11 @@ class KVCache:
         self.lengths = np.zeros(rows, np.int32)
         shapes = {one.input: _shape(one, rows, capacity) for one in state}
         self.buffers = allocate(shapes, state, rows=rows, capacity=capacity)
-        self._windows = sorted(
-            {(state_capacity(one, capacity), one.window) for one in state if one.window}
-        )
+        # Of each tensor that is a window: its buffer's rows and its width.
+        self._window_of = {
+            one.input: (state_capacity(one, capacity), one.window) for one in state if one.window
+        }
+        self._windows = sorted(set(self._window_of.values()))
 
     def advance(self, row: int, count: int) -> None:
         """A step has added ``count`` tokens to a row."""
@@ -104,26 +106,66 @@ class KVCache:
         length = int(self.lengths[row])
         full = self.capacity
         for capacity, window in self._windows:
-            block = capacity - window + 1
-            full = min(full, capacity + block * max(0, -((capacity - length) // block)))
+            full = min(full, capacity + _dropped(length, capacity, window))
         return full - length
 
     def shortest(self, length: int) -> int:
         """The length, besides 0, below which a row of ``length`` tokens cannot be rolled back.
 
-        With a capacity of C rows, a window of W and G = C - W + 1, GroupQueryAttention has dropped
-        the first ``G * ceil((T - C) / G)`` of T tokens (0 up to T = C) and holds the others from
-        its first row on (github.com/microsoft/onnxruntime, pull request 32419). Both hold for a
-        smaller T, and the rows stay where they are, as long as the same tokens would have been
-        dropped there: down to W tokens behind them.
+        What a window's buffer holds follows from the length alone, so it is the same for a shorter
+        row as long as the same tokens would have been dropped there: down to the window's width
+        behind them.
         """
         shortest = 0
         for capacity, window in self._windows:
-            if length > capacity:
-                block = capacity - window + 1
-                dropped = block * -((capacity - length) // block)
+            if dropped := _dropped(length, capacity, window):
                 shortest = max(shortest, dropped + window)
         return shortest
+
+    def read_row(self, row: int, length: int) -> dict[str, NDArray[np.generic]]:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.read_row`; views of the buffers."""
+        held = int(self.lengths[row])
+        assert self.shortest(held) <= length <= held
+        return {
+            name: buffer[row, :, : self._held(name, length)]
+            for name, buffer in self.buffers.items()
+        }
+
+    def accepts(self, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.accepts`."""
+        return length <= self.capacity and all(
+            (array := arrays.get(name)) is not None
+            and array.ndim == 3
+            and (array.dtype, array.shape[0], array.shape[2])
+            == (buffer.dtype, buffer.shape[1], buffer.shape[3])
+            and array.shape[1] >= self._held(name, length)
+            for name, buffer in self.buffers.items()
+        )
+
+    def write_row(self, row: int, length: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """See :meth:`~edge_llm.runtime.decoder.StateCache.write_row`."""
+        assert self.accepts(length, arrays)
+        self.lengths[row] = 0  # whatever comes in between, nothing half-written is ever used
+        for name, buffer in self.buffers.items():
+            held = self._held(name, length)
+            array = arrays[name]
+            buffer[row, :, :held] = array[:, array.shape[1] - held :]
+        self.lengths[row] = length
+
+    def _held(self, name: str, length: int) -> int:
+        """How many of a row's ``length`` tokens a tensor's buffer holds: the last ones."""
+        return length - _dropped(length, *self._window_of.get(name, (self.capacity, 1)))
+
+
+def _dropped(length: int, capacity: int, window: int) -> int:
+    """How many of ``length`` tokens a window's buffer no longer holds: the first ones.
+
+    With a capacity of C rows, a window of W and G = C - W + 1, GroupQueryAttention has dropped the
+    first ``G * ceil((T - C) / G)`` of T tokens (0 up to T = C) and holds the others from its first
+    row on (github.com/microsoft/onnxruntime, pull request 32419).
+    """
+    block = capacity - window + 1
+    return block * max(0, -((capacity - length) // block))
 
 
 def state_capacity(state: StateTensor, capacity: int) -> int:
