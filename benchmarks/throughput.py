@@ -55,7 +55,7 @@ RECIPES = {
     "onnxruntime-genai": recipe("onnxruntime-genai", "int4 algo_config=rtn block_size=32"),
 }
 ROWS = ("widths", "slots", "newcomer")
-STREAMS, NEWCOMER = 8, 1000
+STREAMS, STREAM_TOKENS, NEWCOMER = 8, 200, 1000
 
 Run = dict[str, Any]
 """What a process prints."""
@@ -154,7 +154,7 @@ def slots(path: Path, load: Workload, rounds: int) -> dict[str, float]:
 
 def newcomer(path: Path, load: Workload, rounds: int) -> dict[str, float]:
     """The median round of what a long prompt does to running streams."""
-    own = dataclasses.replace(load, widths=(STREAMS,), slots=STREAMS + 1, max_tokens=200)
+    own = dataclasses.replace(load, widths=(STREAMS,), slots=STREAMS + 1, max_tokens=STREAM_TOKENS)
     runs = [
         measure(OWN, path, dataclasses.replace(own, seed=round_), "--newcomer", str(NEWCOMER))
         for round_ in range(rounds)
@@ -183,9 +183,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for shape in arguments.shapes:
             own = make_models(shape, [OWN], work, arguments.threads)[OWN]
             with LLM(own, context=2, threads=arguments.threads) as llm:
-                vocab, machine = llm.manifest.dims.vocab, dataclasses.asdict(environment(llm))
+                dims, machine = llm.manifest.dims, dataclasses.asdict(environment(llm))
             load = Workload(
-                vocab=vocab,
+                vocab=dims.vocab,
                 prompt_tokens=arguments.prompt_tokens,
                 max_tokens=arguments.max_tokens,
                 threads=arguments.threads,
@@ -193,7 +193,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 slots=max(arguments.widths),
                 seed=0,
             )
-            shapes[shape] = report(shape, own, load, arguments, work)
+            fitting = argparse.Namespace(**vars(arguments))
+            if dims.context <= NEWCOMER + STREAM_TOKENS:  # its prompt would not fit
+                fitting.rows = [row for row in arguments.rows if row != "newcomer"]
+            shapes[shape] = report(shape, own, load, fitting, work)
     libraries = ("edge-llm", "llama-cpp-python", "onnxruntime-genai")
     return {
         "benchmark": "throughput",

@@ -208,9 +208,11 @@ class LlamaCppTogether:
     """llama.cpp: all prompts in one batch, and then one ``llama_decode`` for a token of each."""
 
     def __init__(self, path: Path, load: Workload) -> None:
-        from benchmarks.engines import llama_cpp
+        import llama_cpp
 
-        self._lib: Any = llama_cpp.lib
+        import benchmarks.engines.llama_cpp  # noqa: F401 - silences it
+
+        self._lib: Any = llama_cpp
         self._most = max(load.widths)
         self._length = load.prompt_tokens + load.max_tokens
         params = self._lib.llama_model_default_params()
