@@ -11,13 +11,15 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ENGINES", "Answer", "Engine", "model_bytes", "open_engine"]
+__all__ = ["ENGINES", "Answer", "Engine", "engine_class", "model_bytes", "open_engine"]
 
 ENGINES = {
     "edge-llm": "own.EdgeEngine",
+    "edge-llm compiled": "own.CompiledEdgeEngine",
     "llama.cpp": "llama_cpp.LlamaCppEngine",
     "onnxruntime-genai": "genai.GenaiEngine",
     "transformers": "huggingface.TransformersEngine",
+    "transformers bfloat16": "huggingface.BFloat16Engine",
 }
 """Module and class of each engine; a module is imported when its engine is opened."""
 
@@ -46,6 +48,12 @@ class Answer:
 class Engine(Protocol):
     """A loaded model; one sequence at a time, nothing kept from one call to the next."""
 
+    def __init__(self, path: Path, *, context: int, threads: int) -> None: ...
+
+    @staticmethod
+    def import_library() -> None:
+        """Import what the module has not imported already."""
+
     def logits(self, tokens: Sequence[int], *, last: int) -> NDArray[np.float32]:
         """What follows each of a sequence's last ``last`` tokens, float32 [last, vocab]."""
 
@@ -60,6 +68,14 @@ class Engine(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
+def engine_class(name: str) -> type[Engine]:
+    """An engine's class, its library imported: so that loading a model can be timed alone."""
+    module, kind = ENGINES[name].split(".")
+    engine: type[Engine] = getattr(importlib.import_module(f"{__package__}.{module}"), kind)
+    engine.import_library()
+    return engine
+
+
 def open_engine(name: str, path: Path, *, context: int, threads: int) -> Engine:
     """Load a model.
 
@@ -69,11 +85,7 @@ def open_engine(name: str, path: Path, *, context: int, threads: int) -> Engine:
         context: Most tokens of a sequence.
         threads: To compute with.
     """
-    module, kind = ENGINES[name].split(".")
-    engine: Engine = getattr(importlib.import_module(f"{__package__}.{module}"), kind)(
-        path, context=context, threads=threads
-    )
-    return engine
+    return engine_class(name)(path, context=context, threads=threads)
 
 
 def model_bytes(path: Path) -> int:
@@ -83,4 +95,5 @@ def model_bytes(path: Path) -> int:
     """
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.glob("*.onnx*"))
+    weights = [*path.glob("*.onnx*"), *path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in weights)

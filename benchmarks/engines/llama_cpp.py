@@ -54,6 +54,10 @@ def quantize(source: Path, target: Path, file_type: str, *, threads: int) -> Non
 class LlamaCppEngine:
     """A GGUF file in llama.cpp."""
 
+    @staticmethod
+    def import_library() -> None:
+        """See :class:`~benchmarks.engines.engine.Engine`."""
+
     def __init__(self, path: Path, *, context: int, threads: int) -> None:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
