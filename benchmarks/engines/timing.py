@@ -69,6 +69,7 @@ class Process:
         speed: Of its answers.
         load: Seconds of loading the model, libraries imported before.
         fresh: Seconds from the process's start to the first token of the answer for warming up.
+        processor: Seconds that processors computed, of a second of its answers.
         anonymous: Bytes of anonymous memory behind all answers; None if not told.
         peak: Most bytes that were ever resident; None if not told.
     """
@@ -76,6 +77,7 @@ class Process:
     speed: Speed
     load: float
     fresh: float
+    processor: float
     anonymous: int | None
     peak: int | None
 
@@ -165,7 +167,9 @@ def main() -> None:
     with kind(arguments.path, context=context, threads=load.threads) as model:
         loaded = time.monotonic()
         first = model.answer(warmup, max_tokens=load.max_tokens).first_token
+        answering, computing = time.monotonic(), time.process_time()
         answers = [model.answer(prompt, max_tokens=load.max_tokens) for prompt in prompts]
+        answered, computed = time.monotonic(), time.process_time()
         anonymous = device.resident_memory().get("anonymous")
     speed = Speed(
         statistics.median(answer.first_token for answer in answers),
@@ -175,6 +179,7 @@ def main() -> None:
         speed=speed,
         load=loaded - imported,
         fresh=loaded - arguments.started + first,
+        processor=(computed - computing) / (answered - answering),
         anonymous=anonymous,
         peak=device.peak_memory(),
     )
