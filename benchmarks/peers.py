@@ -10,6 +10,8 @@ built-in model is measured too. Every engine runs what its own tool makes of the
   measured in the same round.
 - TTFT: seconds to the first token of a prompt of 128 tokens: in a fresh process, its start, imports
   and loading included (files are in the page cache); and in one that has answered already.
+- TTFT baked: the same of a prompt whose first 1,000 tokens lie computed on disk (see
+  ``benchmarks/peers_baked.py``), beside all of it computed.
 - load: seconds of loading, libraries imported before.
 - peak and anonymous: bytes resident, behind a prompt of 1,024 tokens and its answer.
 - disk: bytes of graph and weights.
@@ -48,6 +50,7 @@ from benchmarks.engines.engine import model_bytes
 from benchmarks.engines.making import ModelFolder, Recipe, recipe
 from benchmarks.engines.own import compiled_bytes
 from benchmarks.engines.timing import Process, Workload, by_turns, measure_process
+from benchmarks.peers_baked import FRESH, LOADED, PROMPT_TOKENS, measure_baked
 from benchmarks.peers_report import OWN, Figures, draw, judge, merge, show, show_goals
 from benchmarks.shapes import SHAPES, make_checkpoint
 from edge_llm import LLM
@@ -205,6 +208,10 @@ def compare(shape: str, arguments: argparse.Namespace, work: Path) -> tuple[Figu
     room = dims.context - arguments.max_tokens
     fitting = {name: row for name, row in rows.items() if row.prompt_tokens <= room}
     figures = measure(made, fitting, load, arguments.rounds)
+    if wanted := [row for row in (LOADED, FRESH) if matches(row, arguments.rows)]:
+        if room >= PROMPT_TOKENS:
+            rounds = arguments.rounds
+            figures |= measure_baked(made, wanted, load, rounds=rounds, progress=notice)
     if matches(DISK, arguments.rows):
         figures[DISK] = {name: [disk(*one)] * arguments.rounds for name, one in made.items()}
     return figures, machine
@@ -235,7 +242,7 @@ def choose_rows(patterns: Sequence[str]) -> dict[str, Row]:
     Raises:
         SystemExit: One names none.
     """
-    known = [*ROWS, DISK]
+    known = [*ROWS, LOADED, FRESH, DISK]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             sys.exit(f"--rows must match one of {', '.join(map(repr, known))}; got {pattern!r}")
@@ -248,7 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     shapes = [*SHAPES, BUILTIN]
     default = [shape for shape in shapes if shape != "tiny"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=default, metavar="SHAPE")
-    known = ", ".join([*ROWS, DISK])
+    known = ", ".join([*ROWS, LOADED, FRESH, DISK])
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help=f"of {known}")
     known = f"{', '.join(MODELS)}; or by whole names {', '.join(FURTHER)}"
     parser.add_argument("--models", nargs="+", default=["*"], metavar="PATTERN", help=f"of {known}")

@@ -11,12 +11,22 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ENGINES", "Answer", "Engine", "engine_class", "model_bytes", "open_engine"]
+__all__ = [
+    "ENGINES",
+    "Answer",
+    "BakingEngine",
+    "Engine",
+    "engine_class",
+    "model_bytes",
+    "open_engine",
+]
 
 ENGINES = {
     "edge-llm": "own.EdgeEngine",
     "edge-llm compiled": "own.CompiledEdgeEngine",
+    "edge-llm baked": "own.BakedEdgeEngine",
     "llama.cpp": "llama_cpp.LlamaCppEngine",
+    "llama.cpp baked": "llama_cpp.BakedLlamaCppEngine",
     "onnxruntime-genai": "genai.GenaiEngine",
     "transformers": "huggingface.TransformersEngine",
     "transformers bfloat16": "huggingface.BFloat16Engine",
@@ -66,6 +76,13 @@ class Engine(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
+
+
+class BakingEngine(Engine, Protocol):
+    """An engine that keeps a prompt's beginning on disk, and starts from there."""
+
+    def bake(self, prefix: Sequence[int]) -> None:
+        """Compute a beginning, and keep it beside the model for later processes."""
 
 
 def engine_class(name: str) -> type[Engine]:

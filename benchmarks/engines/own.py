@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +17,19 @@ from edge_llm import LLM, Bundle
 from edge_llm.compiled import CompiledModels, compiled_folder
 from edge_llm.runtime.session import import_onnxruntime
 
-__all__ = ["CompiledEdgeEngine", "EdgeEngine", "compile_bundle", "compiled_bytes", "export"]
+__all__ = [
+    "BakedEdgeEngine",
+    "CompiledEdgeEngine",
+    "EdgeEngine",
+    "compile_bundle",
+    "compiled_bytes",
+    "export",
+]
 
 COMPILED = "compiled"
 """Folder beside a bundle's where its compiled weights lie."""
+PREFIXES, PREFIX = "prefixes", "prefix.json"
+"""Beside a bundle: the folder of kept beginnings of prompts, the file of the baked one's tokens."""
 
 
 def export(checkpoint: Path, bundle: Path, flags: Sequence[str]) -> None:
@@ -45,10 +56,8 @@ def compiled_bytes(bundle: Path) -> int:
 class EdgeEngine:
     """A bundle in edge_llm."""
 
-    def __init__(
-        self, path: Path, *, context: int, threads: int, cache_dir: Path | None = None
-    ) -> None:
-        self._llm = LLM(path, context=context, threads=threads, cache_dir=cache_dir)
+    def __init__(self, path: Path, *, context: int, threads: int, **options: Path) -> None:
+        self._llm = LLM(path, context=context, threads=threads, **cast(Any, options))
         self._cached = False  # whether the cache may hold what a prompt begins with
 
     @staticmethod
@@ -73,10 +82,14 @@ class EdgeEngine:
             temperature=0.0,
             speculation="off",
         )
-        assert answer.usage.reused_tokens == 0  # the request in front of it emptied the cache
+        # The request in front of it emptied the cache; what was baked lies on disk.
+        assert bool(answer.usage.reused_tokens) == self._is_baked(prompt)
         first = answer.timings.first_token
         assert first is not None
         return Answer(first, answer.timings.per_token or 0.0, answer.tokens)
+
+    def _is_baked(self, prompt: Sequence[int]) -> bool:
+        return False
 
     def close(self) -> None:
         """Free the model."""
@@ -94,3 +107,21 @@ class CompiledEdgeEngine(EdgeEngine):
 
     def __init__(self, path: Path, *, context: int, threads: int) -> None:
         super().__init__(path, context=context, threads=threads, cache_dir=path.parent / COMPILED)
+
+
+class BakedEdgeEngine(EdgeEngine):
+    """A bundle with a beginning of prompts on disk."""
+
+    def __init__(self, path: Path, *, context: int, threads: int) -> None:
+        folder = path.parent / PREFIXES
+        super().__init__(path, context=context, threads=threads, prefix_cache=folder)
+        self._file = path.parent / PREFIX
+        self._prefix = json.loads(self._file.read_text()) if self._file.is_file() else []
+
+    def bake(self, prefix: Sequence[int]) -> None:
+        """See :class:`~benchmarks.engines.engine.BakingEngine`."""
+        cast(Any, self._llm).bake(prefix)
+        self._file.write_text(json.dumps(list(prefix)))
+
+    def _is_baked(self, prompt: Sequence[int]) -> bool:
+        return bool(self._prefix) and list(prompt[: len(self._prefix)]) == self._prefix

@@ -26,6 +26,7 @@ from edge_llm.runtime import device
 __all__ = ["Process", "Speed", "Workload", "by_turns", "measure_by_turns", "ratio", "time_by_turns"]
 
 ROOT = Path(__file__).parents[2]
+SHARED_SEED = 1_000_000
 
 Result = TypeVar("Result")
 
@@ -42,6 +43,8 @@ class Workload:
         answers: Of each process, behind one for warming up.
         warmup_tokens: Length of the prompt for warming up, by default that of all.
         context: Tokens to load a model for, by default what is needed.
+        shared_tokens: So many tokens at the beginning of every prompt are the same in all rounds.
+        shared_warmup: Of the prompt for warming up too.
     """
 
     vocab: int
@@ -51,6 +54,16 @@ class Workload:
     answers: int = 3
     warmup_tokens: int | None = None
     context: int | None = None
+    shared_tokens: int = 0
+    shared_warmup: bool = False
+
+    def shared(self) -> list[int]:
+        """The beginning of every prompt."""
+        return (
+            np.random.default_rng(SHARED_SEED)
+            .integers(self.vocab, size=self.shared_tokens)
+            .tolist()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +174,8 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     warmup = rng.integers(load.vocab, size=load.warmup_tokens or load.prompt_tokens).tolist()
     prompts = rng.integers(load.vocab, size=(load.answers, load.prompt_tokens)).tolist()
+    for prompt in [*prompts, *([warmup] if load.shared_warmup else [])]:
+        prompt[: load.shared_tokens] = load.shared()
     context = load.context or load.max_tokens + max(load.prompt_tokens, len(warmup))
     kind = engine_class(arguments.engine)
     imported = time.monotonic()
