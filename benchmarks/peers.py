@@ -208,10 +208,9 @@ def compare(shape: str, arguments: argparse.Namespace, work: Path) -> tuple[Figu
     room = dims.context - arguments.max_tokens
     fitting = {name: row for name, row in rows.items() if row.prompt_tokens <= room}
     figures = measure(made, fitting, load, arguments.rounds)
-    if wanted := [row for row in (LOADED, FRESH) if matches(row, arguments.rows)]:
-        if room >= PROMPT_TOKENS:
-            rounds = arguments.rounds
-            figures |= measure_baked(made, wanted, load, rounds=rounds, progress=notice)
+    wanted = [row for row in (LOADED, FRESH) if matches(row, arguments.rows)]
+    if wanted and room >= PROMPT_TOKENS:
+        figures |= measure_baked(made, wanted, load, rounds=arguments.rounds, progress=notice)
     if matches(DISK, arguments.rows):
         figures[DISK] = {name: [disk(*one)] * arguments.rounds for name, one in made.items()}
     return figures, machine

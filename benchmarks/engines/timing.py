@@ -59,11 +59,8 @@ class Workload:
 
     def shared(self) -> list[int]:
         """The beginning of every prompt."""
-        return (
-            np.random.default_rng(SHARED_SEED)
-            .integers(self.vocab, size=self.shared_tokens)
-            .tolist()
-        )
+        rng = np.random.default_rng(SHARED_SEED)
+        return list(map(int, rng.integers(self.vocab, size=self.shared_tokens)))
 
 
 @dataclass(frozen=True, slots=True)
