@@ -11,13 +11,25 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ENGINES", "Answer", "Engine", "model_bytes", "open_engine"]
+__all__ = [
+    "ENGINES",
+    "Answer",
+    "BakingEngine",
+    "Engine",
+    "engine_class",
+    "model_bytes",
+    "open_engine",
+]
 
 ENGINES = {
     "edge-llm": "own.EdgeEngine",
+    "edge-llm compiled": "own.CompiledEdgeEngine",
+    "edge-llm baked": "own.BakedEdgeEngine",
     "llama.cpp": "llama_cpp.LlamaCppEngine",
+    "llama.cpp baked": "llama_cpp.BakedLlamaCppEngine",
     "onnxruntime-genai": "genai.GenaiEngine",
     "transformers": "huggingface.TransformersEngine",
+    "transformers bfloat16": "huggingface.BFloat16Engine",
 }
 """Module and class of each engine; a module is imported when its engine is opened."""
 
@@ -46,6 +58,12 @@ class Answer:
 class Engine(Protocol):
     """A loaded model; one sequence at a time, nothing kept from one call to the next."""
 
+    def __init__(self, path: Path, *, context: int, threads: int) -> None: ...
+
+    @staticmethod
+    def import_library() -> None:
+        """Import what the module has not imported already."""
+
     def logits(self, tokens: Sequence[int], *, last: int) -> NDArray[np.float32]:
         """What follows each of a sequence's last ``last`` tokens, float32 [last, vocab]."""
 
@@ -60,6 +78,21 @@ class Engine(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
+class BakingEngine(Engine, Protocol):
+    """An engine that keeps a prompt's beginning on disk, and starts from there."""
+
+    def bake(self, prefix: Sequence[int]) -> None:
+        """Compute a beginning, and keep it beside the model for later processes."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    """An engine's class, its library imported: so that loading a model can be timed alone."""
+    module, kind = ENGINES[name].split(".")
+    engine: type[Engine] = getattr(importlib.import_module(f"{__package__}.{module}"), kind)
+    engine.import_library()
+    return engine
+
+
 def open_engine(name: str, path: Path, *, context: int, threads: int) -> Engine:
     """Load a model.
 
@@ -69,11 +102,7 @@ def open_engine(name: str, path: Path, *, context: int, threads: int) -> Engine:
         context: Most tokens of a sequence.
         threads: To compute with.
     """
-    module, kind = ENGINES[name].split(".")
-    engine: Engine = getattr(importlib.import_module(f"{__package__}.{module}"), kind)(
-        path, context=context, threads=threads
-    )
-    return engine
+    return engine_class(name)(path, context=context, threads=threads)
 
 
 def model_bytes(path: Path) -> int:
@@ -83,4 +112,5 @@ def model_bytes(path: Path) -> int:
     """
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.glob("*.onnx*"))
+    weights = [*path.glob("*.onnx*"), *path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -48,8 +49,14 @@ def build(
 class GenaiEngine:
     """A folder of the builder's in onnxruntime-genai."""
 
-    def __init__(self, path: Path, *, context: int, threads: int) -> None:
+    @staticmethod
+    def import_library() -> None:
+        """See :class:`~benchmarks.engines.engine.Engine`."""
         import_onnxruntime()  # its telemetry is off from here on
+        importlib.import_module("onnxruntime_genai")
+
+    def __init__(self, path: Path, *, context: int, threads: int) -> None:
+        self.import_library()
         import onnxruntime_genai
 
         self._library: Any = onnxruntime_genai

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engines.engine import Answer
 
-__all__ = ["LlamaCppEngine", "lib", "quantize"]
+__all__ = ["BakedLlamaCppEngine", "LlamaCppEngine", "lib", "quantize"]
 
 _silent = lib.llama_log_callback(lambda level, text, data: None)
 lib.llama_log_set(_silent, ctypes.c_void_p(0))
@@ -54,6 +54,10 @@ def quantize(source: Path, target: Path, file_type: str, *, threads: int) -> Non
 class LlamaCppEngine:
     """A GGUF file in llama.cpp."""
 
+    @staticmethod
+    def import_library() -> None:
+        """See :class:`~benchmarks.engines.engine.Engine`."""
+
     def __init__(self, path: Path, *, context: int, threads: int) -> None:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -78,7 +82,7 @@ class LlamaCppEngine:
         """See :class:`~benchmarks.engines.engine.Engine`."""
         self._clear()
         started = time.perf_counter()
-        self._decode(prompt, 1)
+        self._decode(prompt[self._recall(prompt) :], 1)
         tokens = [int(self._read(1).argmax())]
         first = time.perf_counter()
         for _ in range(max_tokens - 1):
@@ -96,6 +100,10 @@ class LlamaCppEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _recall(self, prompt: Sequence[int]) -> int:
+        """Take up a kept beginning of a prompt; how long it is."""
+        return 0
 
     def _clear(self) -> None:
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
@@ -118,3 +126,32 @@ class LlamaCppEngine:
         buffer: Any = (ctypes.c_float * (rows * self._vocab)).from_address(values)
         logits: NDArray[np.float32] = np.frombuffer(buffer, np.float32)
         return logits.reshape(rows, self._vocab)
+
+
+class BakedLlamaCppEngine(LlamaCppEngine):
+    """A GGUF file, and the state behind a beginning of prompts in a file beside it."""
+
+    def __init__(self, path: Path, *, context: int, threads: int) -> None:
+        super().__init__(path, context=context, threads=threads)
+        self._file = path.with_name(f"{path.name}.state")
+        self._found = (lib.llama_token * context)()  # where the file's tokens are read to
+
+    def bake(self, prefix: Sequence[int]) -> None:
+        """See :class:`~benchmarks.engines.engine.BakingEngine`."""
+        self._clear()
+        self._decode(prefix, 1)
+        tokens = (lib.llama_token * len(prefix))(*prefix)
+        name = str(self._file).encode()
+        if not lib.llama_state_seq_save_file(self._context, name, 0, tokens, len(prefix)):
+            raise RuntimeError(f"llama.cpp cannot write {self._file}")
+
+    def _recall(self, prompt: Sequence[int]) -> int:
+        count = ctypes.c_size_t()
+        name, found, room = str(self._file).encode(), self._found, len(self._found)
+        read = lib.llama_state_seq_load_file(
+            self._context, name, 0, found, room, ctypes.byref(count)
+        )
+        if read and found[: count.value] == list(prompt[: count.value]):
+            return count.value
+        self._clear()
+        return 0

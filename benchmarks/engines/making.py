@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ class Recipe:
     Attributes:
         engine: Who makes and runs it.
         arguments: edge-llm: flags of its ``export``. llama.cpp: a file type, such as Q4_K_M, or
-            F32. onnxruntime-genai: a precision, and its builder's extra options.
+            F32. onnxruntime-genai: a precision, and its builder's extra options. transformers:
+            none, as it runs the checkpoint itself.
     """
 
     engine: str
@@ -48,6 +50,12 @@ class ModelFolder:
 
     def make(self, wanted: Recipe) -> Path:
         """The model's file or folder."""
+        if wanted.engine in ("transformers", "transformers bfloat16"):
+            return self._checkpoint
+        if wanted.engine == "edge-llm compiled":
+            bundle = self.make(dataclasses.replace(wanted, engine="edge-llm"))
+            own.compile_bundle(bundle)
+            return bundle
         name = "_".join([wanted.engine, *wanted.arguments]).replace("/", "_")
         path = self._folder / name
         if not path.exists():

@@ -54,20 +54,19 @@ class Tokenizer:
         check_growth(self._full)
         self._full.no_truncation()
         self._full.no_padding()
+        self.added_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
+            self._full.get_added_tokens_decoder()
+        )
+        """The tokens that are recognised as a whole in text, by id."""
+        own = self._own_tokens()
         # Some tokenizers add more tokens than the model has (Gemma 3 adds one for images).
-        own = max(self._full.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         if vocab and own > vocab:
             raise IntegrityError(
                 f"tokenizer.json has a vocabulary of {own} tokens, but the model knows {vocab}.",
                 "It belongs to another model: take the one that belongs to the weights.",
             )
-        ids = self._full.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = max(max(ids, default=-1) + 1, vocab)
+        self.vocab_size: int = max(own, max(self.added_tokens, default=-1) + 1, vocab)
         """One more than the highest id."""
-        self.added_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
-            self._full.get_added_tokens_decoder()
-        )
-        """The tokens that are recognised as a whole in text, by id."""
         self.control_tokens: Mapping[int, tokenizers.AddedToken] = MappingProxyType(
             {
                 token: added
@@ -86,6 +85,14 @@ class Tokenizer:
         if add_bos and bos is None:
             raise ArgumentError("add_bos", "False where there is no bos", add_bos)
         self.add_bos = add_bos
+
+    def _own_tokens(self) -> int:
+        """One more than the highest id, without the added tokens."""
+        size = self._full.get_vocab_size(with_added_tokens=False)
+        # As many ids as tokens: to look them up costs half of what a dictionary of them costs.
+        if None not in map(self._full.model.id_to_token, range(size)):
+            return size
+        return max(self._full.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
     @classmethod
     def from_file(
