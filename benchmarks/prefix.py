@@ -4,9 +4,9 @@
 
 Int4 bundles of random weights are made on the spot and kept in the work folder. A prefix of 1,000
 random tokens is baked; prompts are this prefix and some random tokens of a question. Time to the
-first token, model loaded, three ways by turns: the prompt computed, the prefix read from the prefix
-cache (its file is in the system's page cache), and the prefix still in memory. Then whole processes,
-from their start to the first token, imports and loading included, with and without the prefix
+first token, model loaded, three ways by turns: the prompt computed, the prefix read from the cache
+on disk (its file is in the system's page cache), and the prefix still in memory. Then whole
+processes, from their start to the first token, imports and loading included, with and without that
 cache. Medians over rounds; ratios are taken within a round. The last line of stdout is a JSON
 document.
 """
@@ -146,7 +146,7 @@ def first_token(llm: LLM, prompt: list[int], reused: int, *, from_disk: int) -> 
 
 def process(bundle: Path, prompt: list[int], options: dict[str, Any]) -> float:
     """Seconds from the start of a process to its first token."""
-    command = [sys.executable, "-c", CHILD, bundle, json.dumps(prompt), json.dumps(options)]
+    command = [sys.executable, "-c", CHILD, str(bundle), json.dumps(prompt), json.dumps(options)]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
