@@ -214,9 +214,10 @@ class PrefixCache:
     ) -> None:
         """Remove the entries that the new one can stand for; baked ones stay."""
         for other, common in self._ranked(tokens):
-            if other == name or other.startswith(BAKED):
+            held = self._tokens.get(other)
+            if other == name or other.startswith(BAKED) or held is None:
                 continue
-            length = len(self._tokens[other] or ())
+            length = len(held)
             if common == length and cache.accepts(length, cut(arrays, len(tokens) - length)):
                 self._folder.remove(other)
 
@@ -241,9 +242,11 @@ class PrefixCache:
     def _read_tokens(self, name: str) -> NDArray[np.int32] | None:
         try:
             return read_tokens(self.path / name, self.owner)
-        except (DoubtfulFileError, OSError) as error:
+        except DoubtfulFileError as error:
+            self._drop(name, error)
+        except OSError as error:  # it was removed meanwhile, or may not be read
             log.debug("%s is not used: %s", name, error)
-            return None
+        return None
 
     def _open(self, name: str) -> SavedState | None:
         """Map an entry, and mark it as used; None where it is gone or not sound."""
@@ -265,9 +268,13 @@ class PrefixCache:
 
     def _discard(self, name: str, error: DoubtfulFileError) -> None:
         """Never look at an entry again."""
-        log.debug("%s is not used: %s", name, error)
         with self._lock:
             self._tokens[name] = None
+        self._drop(name, error)
+
+    def _drop(self, name: str, error: DoubtfulFileError) -> None:
+        """Remove an entry that is damaged, so that its name is free for a whole one."""
+        log.debug("%s is not used: %s", name, error)
         if self.writes:
             self._folder.remove(name)
 

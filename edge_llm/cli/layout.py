@@ -143,6 +143,8 @@ def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:
     computed = usage.prompt_tokens - usage.reused_tokens
     source = ", from the prefix cache" if usage.reused_from_disk else ""
     parts = [f"prompt {usage.prompt_tokens} tokens ({usage.reused_tokens} reused{source})"]
+    if usage.prefix_break is not None:
+        parts.append(f"token {usage.prefix_break.position} differed from what was cached")
     if timings.prompt > 0:
         parts.append(f"{timings.prompt:.2f} s, {computed / timings.prompt:.0f} tok/s")
     if timings.first_token is not None:

@@ -213,3 +213,24 @@ def test_a_step_that_ended_early_empties_only_a_window_that_moved() -> None:
         cache.lengths[0] = past
         cache.abandon(0, count)
         assert cache.lengths[0] == left
+
+
+@given(st.lists(st.integers(1, 20), max_size=12), st.lists(st.integers(0, 9), max_size=9))
+def test_a_growing_row_that_is_read_and_written_back(values: list[int], others: list[int]) -> None:
+    cache = GrowingCache([growing(), growing(input="other", dtype="int8")], capacity=20)
+    sequence = Sequence(cache, [2, 2])
+    if values:
+        sequence.append(values)
+    length = len(values) * 2 // 3
+    saved = {name: one.copy() for name, one in cache.read_row(0, length).items()}
+    sequence.truncate(0)
+    if others:
+        sequence.append(others)
+    assert cache.accepts(length, saved)
+    assert not cache.accepts(length + 1, saved)
+    assert not cache.accepts(21, saved)
+    assert not cache.accepts(length, {"past": saved["past"]})
+    cache.write_row(0, length, saved)
+    sequence.rows = values[:length]
+    sequence.append([1, 2])
+    sequence.check()

@@ -200,6 +200,56 @@ def restore(decoder: OwnDecoder, held: NDArray[np.int64], left: int) -> None:
         decoder.step(held, scored=0)
 
 
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=4),
+    st.integers(0, 700),
+    st.integers(0, 700),
+    st.integers(1, 40),
+)
+@example([521], 0, 1, 1)  # one row past the first eviction
+@example([600, 33], 100, 0, 1)
+def test_a_row_that_is_read_and_written_back_equals_whole_caches(
+    decoders: dict[bool, OwnDecoder], parts: list[int], back: int, cut: int, more: int
+) -> None:
+    small, whole = decoders[True], decoders[False]
+    for decoder in decoders.values():
+        decoder.cache.truncate(0, 0)
+    for count in parts:
+        length = int(small.cache.lengths[0])
+        fed = TOKENS[length : min(length + count, CONTEXT - 50)]
+        for decoder in (small, whole):
+            if len(fed):
+                decoder.step(fed, scored=0)
+    held = int(small.cache.lengths[0])
+    length = max(held - back, small.cache.shortest(held), 1)
+    saved = {name: one.copy() for name, one in small.cache.read_row(0, length).items()}
+    small.cache.truncate(0, 0)
+    for buffer in small.cache.buffers.values():
+        buffer.fill(np.nan)
+    # A part of what was saved will do where no window has dropped what it needs.
+    shorter = max(1, length - cut)
+    arrays = {
+        name: one[:, : max(0, one.shape[1] - length + shorter)] for name, one in saved.items()
+    }
+    assert small.cache.accepts(length, saved)
+    assert not small.cache.accepts(length, {**saved, "past.2.key": saved["past.2.key"][:, 1:]})
+    assert not small.cache.accepts(CONTEXT + 1, saved)
+    if shorter >= small.cache.shortest(length):
+        assert small.cache.accepts(shorter, arrays)
+    if small.cache.accepts(shorter, arrays):
+        small.cache.write_row(0, shorter, arrays)
+        whole.cache.truncate(0, shorter)
+        for step in (more, 2):
+            fed = TOKENS[shorter : shorter + step]
+            got, expected = (one.step(fed, scored=1) for one in (small, whole))
+            assert relative_error(got, expected) < 1e-4
+            shorter += step
+    for buffer in small.cache.buffers.values():
+        buffer.fill(0)
+    small.cache.truncate(0, 0)
+
+
 def test_taking_back_past_an_eviction_would_be_wrong(decoders: dict[bool, OwnDecoder]) -> None:
     """The rule is needed: the operator says nothing and looks at other rows."""
     small, whole = decoders[True], decoders[False]
