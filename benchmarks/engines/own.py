@@ -67,7 +67,6 @@ class EdgeEngine:
 
     def logits(self, tokens: Sequence[int], *, last: int) -> NDArray[np.float32]:
         """See :class:`~benchmarks.engines.engine.Engine`."""
-        self._cached = True
         return self._llm.logits(tokens, last=last)
 
     def answer(self, prompt: Sequence[int], *, max_tokens: int) -> Answer:
