@@ -53,6 +53,7 @@ from edge_llm.runtime.layouts import most_rows, open_decoder
 from edge_llm.runtime.session import open_session, resolve_threads
 from edge_llm.states import open_prefixes, state_owner
 from edge_llm.text.tokenizer import Tokenizer
+from edge_llm.tuning import Tuning, find_tuning
 
 __all__ = ["Model", "Prompt"]
 
@@ -78,6 +79,7 @@ class Model:
         bundle: The files.
         context: Most tokens of prompt and answer together.
         threads: Threads that compute.
+        tuning: How to run it here: what ``edge-llm tune`` has found, or the defaults.
         slots: Sequences that are answered at once.
         tokenizer: Makes tokens of text, and text of tokens.
         prefixes: Where the beginnings of prompts are kept, if anywhere.
@@ -96,7 +98,8 @@ class Model:
         if bundle.slow and bundle.path != BUNDLE:
             warnings.warn(bundle.slow, SlowKernelWarning, stacklevel=3)  # whoever called LLM(...)
         self.manifest = manifest = bundle.manifest
-        self.threads = resolve_threads(options.get("threads"))
+        self.tuning = tuning = _tuning(bundle, options)
+        self.threads = tuning.threads
         queue_limit = integer("queue_limit", options.get("queue_limit", QUEUE_LIMIT), 1)
         assert queue_limit is not None
         on_request = options.get("on_request")
@@ -107,9 +110,11 @@ class Model:
             options.get("prefix_cache"),
             limit=parse_bytes("prefix_cache_limit", options.get("prefix_cache_limit", LIMIT)),
         )
-        self._compiled = compiled_graph(
-            bundle, cache_dir=options.get("cache_dir"), threads=self.threads, verify=verify
-        )
+        self._compiled = None
+        if tuning.compiled:
+            self._compiled = compiled_graph(
+                bundle, cache_dir=options.get("cache_dir"), threads=self.threads, verify=verify
+            )
         self._resolve_sizes(options)
         try:
             self._defaults = Sampling.from_dict(manifest.sampling)
@@ -131,12 +136,20 @@ class Model:
             compiled=self._compiled,
             threads=self.threads,
             minimum=manifest.min_onnxruntime,
+            spin=tuning.spin,
+            affinities=tuning.affinities,
         )
         decoder = open_decoder(session, manifest, capacity=self.context, rows=self.slots)
         single = _single_token(decoder)
-        planner = ChunkPlanner(fixed=self._fixed_chunk, widest=decoder.widest, single_token=single)
+        planner = ChunkPlanner(
+            fixed=self._fixed_chunk,
+            widest=min(decoder.widest, tuning.prefill_chunk or decoder.widest),
+            single_token=single,
+        )
         self.drafting = Drafting(
-            StepCosts(single=single), possible=decoder.verifies, vocab=manifest.dims.vocab
+            StepCosts(single=single, curve=tuning.step_costs),
+            possible=decoder.verifies,
+            vocab=manifest.dims.vocab,
         )
         self.engine = Engine(
             decoder,
@@ -321,6 +334,15 @@ class Model:
             prefill_chunk=self._fixed_chunk,
             slots=slots,
         )
+
+
+def _tuning(bundle: Bundle, options: LoadOptions) -> Tuning:
+    """What was found for this bundle here, unless another number of threads is asked for."""
+    default = Tuning(threads=resolve_threads(options.get("threads")))
+    found = find_tuning(bundle, cache_dir=options.get("cache_dir"))
+    if found is None or options.get("threads") not in (None, found.threads):
+        return default
+    return found
 
 
 async def _aresults(engine: Engine, job: Job) -> AsyncGenerator[object, None]:

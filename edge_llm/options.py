@@ -43,7 +43,9 @@ class LoadOptions(TypedDict, total=False):
             ("q4", "int8", "fp32"); by default the fastest on a CPU.
         context: Most tokens of prompt and answer together; by default what was exported, but at
             most 4,096. The key/value cache is allocated for it.
-        threads: Threads to compute with; by default one per core that this process may use.
+        threads: Threads to compute with; by default what ``edge-llm tune`` has found, or one per
+            core that this process may use, little cores left out. With another number than the
+            tuned one, nothing of a tuning is used.
         slots: Requests that are computed together, each with a cache of its own: a step for many
             answers takes little longer than one for a single answer. By default 4, or as many as
             take a quarter of the memory that is left. (Graphs of other exporters have one.)
@@ -51,7 +53,7 @@ class LoadOptions(TypedDict, total=False):
         prefill_chunk: Tokens of a prompt to feed at once; by default as many as take about 150 ms.
         cache_dir: Compile the weights into this folder (see :mod:`edge_llm.compiled`), which later
             processes then map. Without it nothing is written; what ``edge-llm compile`` has
-            compiled is used all the same.
+            compiled is used all the same. A tuning is looked for here first.
         prefix_cache: Keep the beginnings of prompts in this folder, in the clear, and take what is
             there in place of computing it (see :meth:`edge_llm.LLM.bake`). Without it nothing is
             written, and what ``edge-llm bake`` has put into this user's cache folder is used.

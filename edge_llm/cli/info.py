@@ -41,6 +41,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of every file first"
     )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="a cache folder whose tuning to show, if there is one"
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
 
 
@@ -59,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress.show("")
     memory = _memory(bundle, _contexts(bundle.manifest, arguments.context))
     machine = _machine()
+    tuning = _tuning(bundle, arguments.cache_dir)
     if arguments.json:
         document = {
             "path": str(bundle.path),
@@ -70,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "memory": memory,
             "slow": bundle.slow,
             "machine": machine,
+            "tuning": tuning,
         }
         write(json.dumps(document) + "\n")
         return 0
@@ -81,6 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _describe_memory(memory),
         "\nThis machine",
         _pairs(machine | {"memory_available": megabytes(machine["memory_available"])}),
+        "\nTuning (`edge-llm tune`)",
+        _pairs(_describe_tuning(tuning)),
     ]
     write("\n".join(parts) + "\n")
     return 0
@@ -94,6 +101,27 @@ def _contexts(manifest: Manifest, wanted: list[int] | None) -> list[int]:
                 "context", f"from 1 to {longest} (what was exported)", context, "Export it longer."
             )
     return sorted(set(wanted or [n for n in CONTEXTS if n < longest] + [longest]))
+
+
+def _tuning(bundle: Bundle, cache_dir: str | None) -> dict[str, Any] | None:
+    from edge_llm.tuning import find_tuning
+
+    found = find_tuning(bundle, cache_dir=cache_dir)
+    return None if found is None else dataclasses.asdict(found)
+
+
+def _describe_tuning(tuning: dict[str, Any] | None) -> dict[str, Any]:
+    if tuning is None:
+        return {"measured": "not under these cores and this quota; defaults are used"}
+    costs = ", ".join(f"{width}: {cost:.2f}" for width, cost in tuning["step_costs"].items())
+    return {
+        "threads": tuning["threads"],
+        "spinning": f"{tuning['spin']} us",
+        "bound to CPUs": tuning["affinities"] or "no",
+        "prefill chunk": tuning["prefill_chunk"] or "by time alone",
+        "step costs": costs or "measured while answering",
+        "compiled form": "used" if tuning["compiled"] else "slower here, not used",
+    }
 
 
 def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:

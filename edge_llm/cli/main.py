@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edge_llm import __version__
-from edge_llm.cli import bake, batch, bench, chat, compile_, evaluate, import_, info, run
+from edge_llm.cli import bake, batch, bench, chat, compile_, evaluate, import_, info, run, tune
 from edge_llm.cli.command import Command, Unavailable, further_commands
 from edge_llm.cli.layout import STDOUT, write
 from edge_llm.errors import ArgumentError, EdgeLLMError
@@ -111,7 +111,7 @@ def _in_flags(error: EdgeLLMError, arguments: argparse.Namespace) -> str:
 
 def _commands() -> dict[str, Command]:
     """The commands by name: edge_llm's own, then those of other packages."""
-    modules = (run, chat, batch, info, bench, compile_, bake, evaluate, import_)
+    modules = (run, chat, batch, info, bench, tune, compile_, bake, evaluate, import_)
     own = {module.COMMAND.name: module.COMMAND for module in modules}
     return own | further_commands() | own  # ours come first, and nobody replaces them
 

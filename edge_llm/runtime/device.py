@@ -15,7 +15,9 @@ from edge_llm.errors import PlatformError
 
 __all__ = [
     "available_memory",
+    "big_cpus",
     "check_platform",
+    "cpu_allowance",
     "cpu_features",
     "cpu_identity",
     "cpu_name",
@@ -42,6 +44,9 @@ IDENTITY = (
 _X86 = ("sse4_2", "avx2", "avx_vnni", "avx512_vnni", "avx512f")
 FEATURES = (*_X86, "asimddp", "i8mm", "sve")
 
+# Cores below this share of the fastest one's speed are little ones: every step waits for them.
+BIG = 0.75
+
 
 def check_platform() -> None:
     """Refuse machines for which onnxruntime has no build, before importing it.
@@ -65,20 +70,42 @@ def _is_musl() -> bool:
     return platform.libc_ver()[0] != "glibc" and any(LIB.glob("ld-musl-*"))
 
 
-def usable_cores(*, physical: bool = True) -> int:
+def usable_cores(*, physical: bool = True, big: bool = True) -> int:
     """Cores inside the affinity mask, cut down to the cgroup's CPU quota; at least 1.
 
     Args:
         physical: Count the hardware threads of a core once, where the system tells them apart.
+        big: Of cores that differ in speed count the fast ones only (where ``physical``).
     """
-    if hasattr(os, "sched_getaffinity"):
-        mask = os.sched_getaffinity(0)
-    else:
-        mask = set(range(os.cpu_count() or 1))
+    mask = big_cpus() if physical and big else _affinity_mask()
     # Two hardware threads of a core share the units that a matrix product keeps busy.
     cores = len({_siblings(cpu) for cpu in mask} if physical else mask)
     quota = _cgroup_cpu_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def big_cpus() -> set[int]:
+    """The CPUs inside the affinity mask, without those of little cores where cores differ."""
+    mask = _affinity_mask()
+    # cpu_capacity weighs the cores' designs too; a frequency alone is the next best.
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        folder = SYS / "devices/system/cpu"
+        speeds = {cpu: _count(_read(folder / f"cpu{cpu}" / name)) or 0 for cpu in mask}
+        if all(speeds.values()):
+            most = max(speeds.values())
+            return {cpu for cpu, speed in speeds.items() if speed >= BIG * most}
+    return mask
+
+
+def cpu_allowance() -> tuple[tuple[int, ...], float | None]:
+    """The CPUs of the affinity mask, and the CPUs' worth of time that control groups allow."""
+    return tuple(sorted(_affinity_mask())), _cgroup_cpu_quota()
+
+
+def _affinity_mask() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _siblings(cpu: int) -> str:

@@ -105,7 +105,14 @@ def resolve_threads(threads: int | None) -> int:
 
 
 def create_session(
-    model: Path, *, threads: int, minimum: str, optimized: bool = False, save_to: Path | None = None
+    model: Path,
+    *,
+    threads: int,
+    minimum: str,
+    optimized: bool = False,
+    save_to: Path | None = None,
+    spin: int = SPIN_MICROSECONDS,
+    affinities: str | None = None,
 ) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
@@ -116,6 +123,8 @@ def create_session(
         optimized: Take the graph as it is: a session of this version has written it.
         save_to: Where to write the optimized graph, its weights as the kernels want them beside it
             in a file of the same name with ".data" behind it.
+        spin: Microseconds that an idle thread waits busily for more work.
+        affinities: CPUs of each thread but the caller's: "2;3", counted from 1.
 
     Raises:
         PlatformError: onnxruntime is too old or missing.
@@ -132,7 +141,12 @@ def create_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    if spin:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
+    else:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if affinities is not None:
+        options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     # Without VNNI, x86 kernels for int8 weights add two products in 16 bits, which saturate; this
     # has them take others.
     options.add_session_config_entry("session.x64quantprecision", "1")
@@ -162,7 +176,13 @@ def create_session(
 
 
 def open_session(
-    graph: Path, *, compiled: Path | None, threads: int, minimum: str
+    graph: Path,
+    *,
+    compiled: Path | None,
+    threads: int,
+    minimum: str,
+    spin: int = SPIN_MICROSECONDS,
+    affinities: str | None = None,
 ) -> ort.InferenceSession:
     """Open a graph by its compiled form, where there is one.
 
@@ -171,11 +191,16 @@ def open_session(
         compiled: What :func:`create_session` wrote of it in this version. Another process may have
             removed it meanwhile; then a warning says so, and the graph itself is opened.
         threads: As for :func:`create_session`, like ``minimum`` and the errors.
-        minimum: See there.
+        minimum: See there, like ``spin`` and ``affinities``.
+        spin: See there.
+        affinities: See there.
     """
+    open_ = functools.partial(
+        create_session, threads=threads, minimum=minimum, spin=spin, affinities=affinities
+    )
     if compiled is not None:
         try:
-            return create_session(compiled, threads=threads, minimum=minimum, optimized=True)
+            return open_(compiled, optimized=True)
         except RuntimeFailure as error:
             warnings.warn(
                 f"The compiled model in {str(compiled.parent)!r} cannot be opened, so the bundle "
@@ -183,7 +208,7 @@ def open_session(
                 CacheWarning,
                 stacklevel=3,  # whoever called LLM(...)
             )
-    return create_session(graph, threads=threads, minimum=minimum)
+    return open_(graph)
 
 
 def _save(options: ort.SessionOptions, target: Path) -> None:

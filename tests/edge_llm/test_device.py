@@ -173,6 +173,55 @@ def test_in_a_container_the_group_is_mounted_at_the_root(
     assert device.usable_cores() == 3
 
 
+def speeds(name: str, *values: int) -> dict[str, str | bytes]:
+    folder = "sys/devices/system/cpu"
+    return {f"{folder}/cpu{cpu}/{name}": f"{value}\n" for cpu, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("name", ["cpu_capacity", "cpufreq/cpuinfo_max_freq"])
+@pytest.mark.parametrize(
+    ("values", "big"),
+    [
+        ((1024, 1024, 1024, 1024), {0, 1, 2, 3}),
+        ((530, 530, 530, 530, 1024, 1024, 1024, 1024), {4, 5, 6, 7}),  # Rockchip RK3588
+        ((325, 325, 325, 325, 890, 890, 890, 1024), {4, 5, 6, 7}),  # Snapdragon: gold and prime
+        ((5_000_000, 4_800_000, 4_900_000, 5_000_000), {0, 1, 2, 3}),  # a PC's preferred cores
+        ((1024, 0, 400, 1024), {0, 1, 2, 3}),  # not told of all: none is left out
+    ],
+)
+def test_little_cores_do_not_count(
+    name: str,
+    values: tuple[int, ...],
+    big: set[int],
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    affinity(monkeypatch, range(len(values)))
+    tree(speeds(name, *values))
+    assert device.big_cpus() == big
+    assert device.usable_cores() == len(big)
+    assert device.usable_cores(big=False) == device.usable_cores(physical=False) == len(values)
+
+
+def test_capacity_outweighs_frequency(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity(monkeypatch, range(2))
+    tree(speeds("cpu_capacity", 400, 1024) | speeds("cpufreq/cpuinfo_max_freq", 2000, 2000))
+    assert device.big_cpus() == {1}
+
+
+def test_a_mask_of_little_cores_uses_them(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity(monkeypatch, {0, 1})
+    tree(speeds("cpu_capacity", 400, 400, 1024, 1024))
+    assert device.usable_cores() == 2
+
+
+def test_quotas_bind_big_cores_too(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity(monkeypatch, range(6))
+    tree(speeds("cpu_capacity", 400, 400, 400, 400, 1024, 1024) | quota_v2("/", "150000 100000"))
+    assert device.usable_cores() == 1
+    assert device.cpu_allowance() == ((0, 1, 2, 3, 4, 5), 1.5)
+
+
 def test_without_affinity_masks(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     tree({})
@@ -346,6 +395,8 @@ PROBED = [
     "proc/cpuinfo",
     "proc/device-tree/model",
     "sys/devices/system/cpu/cpu0/topology/thread_siblings_list",
+    "sys/devices/system/cpu/cpu0/cpu_capacity",
+    "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq",
     "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count",
     "sys/devices/platform/soc/soc:firmware/get_throttled",
     "sys/fs/cgroup/cpu.max",
