@@ -88,7 +88,7 @@ class Tokenizer:
 
     def _own_tokens(self) -> int:
         """One more than the highest id, without the added tokens."""
-        size = self._full.get_vocab_size(with_added_tokens=False)
+        size: int = self._full.get_vocab_size(with_added_tokens=False)
         # As many ids as tokens: to look them up costs half of what a dictionary of them costs.
         if None not in map(self._full.model.id_to_token, range(size)):
             return size
