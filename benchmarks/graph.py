@@ -16,11 +16,15 @@ import argparse
 import collections
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path: only this folder is on sys.path
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import numpy as np
 from numpy.typing import NDArray
