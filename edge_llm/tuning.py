@@ -93,7 +93,8 @@ def find_tuning(bundle: Bundle, *, cache_dir: str | os.PathLike[str] | None) -> 
     folders = (
         [tuning_folder()] if cache_dir is None else [tuning_folder(cache_dir), tuning_folder()]
     )
-    for folder in folders:
+    # What the names hang on takes onnxruntime, which is not loaded for nothing.
+    for folder in filter(Path.is_dir, folders):
         if (tuning := _read(folder / _name(bundle))) is not None:
             return tuning
     return None

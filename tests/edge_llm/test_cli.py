@@ -38,11 +38,11 @@ SLOWLY = """
 import sys, time
 from edge_llm.cli.main import main
 from edge_llm.runtime.own_layout import OwnDecoder
-step = OwnDecoder.step
+step_rows = OwnDecoder.step_rows
 def slow(self, *args, **options):
     time.sleep(0.05)
-    return step(self, *args, **options)
-OwnDecoder.step = slow
+    return step_rows(self, *args, **options)
+OwnDecoder.step_rows = slow
 sys.exit(main(sys.argv[1:]))
 """
 

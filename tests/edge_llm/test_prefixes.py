@@ -116,7 +116,7 @@ def test_memory_comes_first_and_the_break_is_told_without_a_cache(tiny_bundle: P
 
 
 def test_what_is_in_memory_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
-    with LLM(tiny_bundle, prefix_cache=tmp_path) as llm:
+    with LLM(tiny_bundle, prefix_cache=tmp_path, slots=1) as llm:
         llm.bake(TOKENS[:100])
         usage = answer(llm, [*TOKENS[:100], 5, 6, 7]).usage
         assert (usage.reused_tokens, usage.reused_from_disk) == (100, 0)
@@ -267,9 +267,9 @@ def test_windows(length: int, make_checkpoint: Callable[..., Any], tmp_path: Pat
     def long(llm: LLM, prompt: list[int]) -> Completion:
         return answer(llm, prompt, max_tokens=40, min_tokens=40)
 
-    with LLM(bundle, prefix_cache=cache) as llm:
+    with LLM(bundle, prefix_cache=cache, slots=1) as llm:
         first = long(llm, prompt)
-    with LLM(bundle, prefix_cache=cache) as llm:
+    with LLM(bundle, prefix_cache=cache, slots=1) as llm:
         again = long(llm, prompt)
         assert again.usage.reused_from_disk == length - 2
         assert again.tokens == first.tokens
@@ -524,7 +524,7 @@ def test_a_session_goes_on_elsewhere(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "session"
     messages = [{"role": "user", "content": "It was the best of times?"}]
     options: dict[str, Any] = {"max_tokens": 20, "min_tokens": 20, "temperature": 0}
-    with LLM(tiny_bundle) as llm:
+    with LLM(tiny_bundle, slots=1) as llm:
         first = llm.chat(messages, **options)
         saved = llm.save_session(path)
         assert saved == first.usage.prompt_tokens + 19  # the last token was never fed
@@ -533,7 +533,7 @@ def test_a_session_goes_on_elsewhere(tiny_bundle: Path, tmp_path: Path) -> None:
             {"role": "user", "content": "And the worst?"},
         ]
         here = llm.chat(messages, **options)
-    with LLM(tiny_bundle) as llm:
+    with LLM(tiny_bundle, slots=1) as llm:
         assert llm.load_session(path) == saved
         there = llm.chat(messages, **options)
         assert there.usage == here.usage
