@@ -25,8 +25,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: only this folder is on sys.path
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import numpy as np
 
+from benchmarks.memory import make_bundle
 from edge_llm import LLM
 from edge_llm.cli.layout import table
 from edge_llm.measure import environment
@@ -77,19 +81,6 @@ def main() -> None:
         "results": results,
     }
     print(json.dumps(document))
-
-
-def make_bundle(shape: str, quantize: str, work: Path) -> Path:
-    """A bundle of random weights; what is there already is kept."""
-    folder = work / f"{shape}-{quantize}"
-    if not folder.is_dir():
-        from edge_llm_export import export_model
-
-        shapes = Path(__file__).with_name("shapes.py")
-        subprocess.run([sys.executable, shapes, shape, work / shape], check=True)
-        block = 128 if quantize == "int4" else None
-        export_model(work / shape, folder, quantize=quantize, block=block)
-    return folder
 
 
 def measure(bundle: Path, cache: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ from edge_llm.options import (
     integer,
     seconds,
 )
-from edge_llm.results import Chunk, Completion
+from edge_llm.results import Chunk, Completion, RequestReport
 from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.device import available_memory, release_memory
 from edge_llm.runtime.kv_cache import state_bytes
@@ -131,33 +131,7 @@ class Model:
             name: bundle.read_text(file) for name, file in manifest.chat.templates.items()
         }
         release_memory()  # reading a tokenizer frees nearly as much as it keeps
-        session = open_session(
-            bundle.file(manifest.decoder.graph),
-            compiled=self._compiled,
-            threads=self.threads,
-            minimum=manifest.min_onnxruntime,
-            spin=tuning.spin,
-            affinities=tuning.affinities,
-        )
-        decoder = open_decoder(session, manifest, capacity=self.context, rows=self.slots)
-        single = _single_token(decoder)
-        planner = ChunkPlanner(
-            fixed=self._fixed_chunk,
-            widest=min(decoder.widest, tuning.prefill_chunk or decoder.widest),
-            single_token=single,
-        )
-        self.drafting = Drafting(
-            StepCosts(single=single, curve=tuning.step_costs),
-            possible=decoder.verifies,
-            vocab=manifest.dims.vocab,
-        )
-        self.engine = Engine(
-            decoder,
-            Stepper(decoder, planner, self.drafting),
-            Slots(decoder.cache, decoder.rows, self.prefixes),
-            queue_limit=queue_limit,
-            on_request=on_request,
-        )
+        self.engine = self._open_engine(queue_limit, on_request)
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self.finalizer = weakref.finalize(self, _close, self.engine, self.prefixes)
         self.load_seconds = time.perf_counter() - started
@@ -296,6 +270,39 @@ class Model:
             async for result in results:
                 if chunk := _chunk(generation, result, options):
                     yield chunk
+
+    def _open_engine(
+        self, queue_limit: int, on_request: Callable[[RequestReport], object] | None
+    ) -> Engine:
+        """The engine on a graph that was just opened, and what chooses its drafts."""
+        bundle, manifest, tuning = self.bundle, self.manifest, self.tuning
+        session = open_session(
+            bundle.file(manifest.decoder.graph),
+            compiled=self._compiled,
+            threads=self.threads,
+            minimum=manifest.min_onnxruntime,
+            spin=tuning.spin,
+            affinities=tuning.affinities,
+        )
+        decoder = open_decoder(session, manifest, capacity=self.context, rows=self.slots)
+        single = _single_token(decoder)
+        planner = ChunkPlanner(
+            fixed=self._fixed_chunk,
+            widest=min(decoder.widest, tuning.prefill_chunk or decoder.widest),
+            single_token=single,
+        )
+        self.drafting = Drafting(
+            StepCosts(single=single, curve=tuning.step_costs),
+            possible=decoder.verifies,
+            vocab=manifest.dims.vocab,
+        )
+        return Engine(
+            decoder,
+            Stepper(decoder, planner, self.drafting),
+            Slots(decoder.cache, decoder.rows, self.prefixes),
+            queue_limit=queue_limit,
+            on_request=on_request,
+        )
 
     def _resolve_sizes(self, options: LoadOptions) -> None:
         """Choose context and slots, by what was asked for and by what fits into memory."""

@@ -206,7 +206,7 @@ def open_session(
                 f"The compiled model in {str(compiled.parent)!r} cannot be opened, so the bundle "
                 f"itself is: {error.message}",
                 CacheWarning,
-                stacklevel=3,  # whoever called LLM(...)
+                stacklevel=5,  # whoever called LLM(...)
             )
     return open_(graph)
 
