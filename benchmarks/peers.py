@@ -38,7 +38,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ if not __package__:  # run by its path: only this folder is on sys.path
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.engines.bandwidth import read_bandwidth, weights_read
-from benchmarks.engines.engine import model_bytes
+from benchmarks.engines.engine import model_bytes, versions
 from benchmarks.engines.making import ModelFolder, Recipe, recipe
 from benchmarks.engines.own import compiled_bytes
 from benchmarks.engines.timing import Process, Workload, by_turns, measure_process
@@ -278,7 +277,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for shape in arguments.shapes:
             shapes[shape], machine = compare(shape, arguments, work)
-    libraries = ("edge-llm", "llama-cpp-python", "onnxruntime-genai", "torch", "transformers")
     return {
         "benchmark": "peers",
         "threads": arguments.threads,
@@ -286,7 +284,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "shapes": shapes,
         "environment": machine,
-        "versions": {name: version(name) for name in libraries},
+        "versions": versions(one.engine for one in choose_models(arguments.models).values()),
     }
 
 

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ if not __package__:  # run by its path: only this folder is on sys.path
 from tokenizers import Tokenizer
 
 from benchmarks.builtin import ask
-from benchmarks.engines.engine import Engine, model_bytes, open_engine
+from benchmarks.engines.engine import Engine, model_bytes, open_engine, versions
 from benchmarks.engines.making import ModelFolder, Recipe, recipe
 from benchmarks.engines.timing import Speed, Workload, ratio, time_by_turns
 from benchmarks.fidelity import (
@@ -388,14 +387,9 @@ def compare(
         "workload": dataclasses.asdict(load),
         "rows": {name: dataclasses.asdict(result) for name, result in results.items()},
         "environment": dataclasses.asdict(machine),
-        "versions": {name: version(name) for name in _distributions(engines)},
+        "versions": versions({"edge-llm", *engines}),
     }
     return document, results
-
-
-def _distributions(engines: set[str]) -> list[str]:
-    peers = {"llama.cpp": ["llama-cpp-python", "gguf"], "onnxruntime-genai": ["onnxruntime-genai"]}
-    return ["edge-llm", *(name for engine in sorted(engines) for name in peers.get(engine, []))]
 
 
 if __name__ == "__main__":

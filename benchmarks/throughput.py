@@ -30,13 +30,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path: only this folder is on sys.path
     sys.path[0] = str(Path(__file__).parents[1])
 
+from benchmarks.engines.engine import versions
 from benchmarks.engines.making import ModelFolder, recipe
 from benchmarks.engines.together import Workload
 from benchmarks.shapes import SHAPES, make_checkpoint
@@ -197,7 +197,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if dims.context <= NEWCOMER + STREAM_TOKENS:  # its prompt would not fit
                 fitting.rows = [row for row in arguments.rows if row != "newcomer"]
             shapes[shape] = report(shape, own, load, fitting, work)
-    libraries = ("edge-llm", "llama-cpp-python", "onnxruntime-genai")
     return {
         "benchmark": "throughput",
         "threads": arguments.threads,
@@ -206,7 +205,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "shapes": shapes,
         "environment": machine,
-        "versions": {name: version(name) for name in libraries},
+        "versions": versions({"edge-llm", *arguments.engines}),
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -19,6 +20,7 @@ __all__ = [
     "engine_class",
     "model_bytes",
     "open_engine",
+    "versions",
 ]
 
 ENGINES = {
@@ -32,6 +34,14 @@ ENGINES = {
     "transformers bfloat16": "huggingface.BFloat16Engine",
 }
 """Module and class of each engine; a module is imported when its engine is opened."""
+
+DISTRIBUTIONS = {
+    "own": ("edge-llm", "onnxruntime"),
+    "llama_cpp": ("llama-cpp-python", "gguf"),
+    "genai": ("onnxruntime-genai",),
+    "huggingface": ("torch", "transformers"),
+}
+"""What each module measures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +124,9 @@ def model_bytes(path: Path) -> int:
         return path.stat().st_size
     weights = [*path.glob("*.onnx*"), *path.glob("*.safetensors")]
     return sum(file.stat().st_size for file in weights)
+
+
+def versions(engines: Iterable[str]) -> dict[str, str]:
+    """The versions of what some engines, keys of `ENGINES`, are made of."""
+    modules = {ENGINES[engine].split(".")[0] for engine in engines}
+    return {name: version(name) for module in sorted(modules) for name in DISTRIBUTIONS[module]}
