@@ -20,7 +20,7 @@ from edge_llm.bundle import Bundle
 from edge_llm.compiled import CompiledModels, compiled_folder, compiled_graph
 from edge_llm.engine.step_costs import WIDTHS
 from edge_llm.runtime.decoder import Decoder
-from edge_llm.runtime.device import big_cpus, usable_cores
+from edge_llm.runtime.device import big_cpus, cpus_of_cores, usable_cores
 from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import open_session, resolve_threads
 from edge_llm.tuning import Tuning, check_tunable
@@ -101,7 +101,7 @@ def tune(
     if threads is None:
         for count in _thread_counts(default):
             compare(f"{count} threads", threads=count)
-    if best.threads > 1 and (places_of_threads := _affinities(best.threads)):
+    if best.threads > 1 and (places_of_threads := choose_affinities(best.threads)):
         compare("threads bound to the fastest cores", affinities=places_of_threads)
     if best.threads > 1:
         for spin in SPINS:
@@ -129,14 +129,6 @@ def _thread_counts(default: int) -> list[int]:
     most = usable_cores(physical=False)
     counts = {default // 2, default - 1, default + 1, most, usable_cores(big=False)}
     return sorted(count for count in counts if 1 <= count <= most and count != default)
-
-
-def _affinities(threads: int) -> str | None:
-    """Bind each thread but the first to one of the fastest cores, where cores differ."""
-    fast = big_cpus()
-    if usable_cores(big=False) == usable_cores() or len(fast) < threads:
-        return None
-    return ";".join(str(cpu + 1) for cpu in sorted(fast)[-threads + 1 :])
 
 
 def _compare(
@@ -212,6 +204,21 @@ def _best_chunk(decoder: Decoder, rounds: int) -> int | None:
                 seconds[size].append(elapsed)
     medians = {size: statistics.median(seconds[size]) for size in sizes}
     return choose_chunk(medians)
+
+
+def choose_affinities(threads: int) -> str | None:
+    """A fast core for each thread but the first, which is the caller's; None where cores are alike.
+
+    Args:
+        threads: At least 2.
+
+    Returns:
+        CPUs as onnxruntime writes them: counted from 1, one of each physical core ("4;6").
+    """
+    cores = cpus_of_cores(big_cpus())
+    if usable_cores(big=False) == usable_cores() or len(cores) < threads:
+        return None
+    return ";".join(str(cpu + 1) for cpu in cores[1 - threads :])
 
 
 def choose_chunk(seconds: dict[int, float]) -> int | None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import Progress, table, write
+from edge_llm.cli.layout import Progress, notice, table, write
 from edge_llm.errors import ArgumentError, EdgeLLMError
+from edge_llm.runtime.device import others_cpu_seconds, usable_cores
 
 if TYPE_CHECKING:
     from edge_llm.tune import Trial
     from edge_llm.tuning import Tuning
 
 __all__ = ["COMMAND"]
+
+QUIET = 0.1
+"""What others may take of the cores before the user is told that the choice may be theirs."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ArgumentError("rounds", "at least 1", arguments.rounds)
     bundle = Bundle.open(arguments.bundle)
     progress = Progress()
+    before, started = others_cpu_seconds(), time.perf_counter()
     try:
         tuning, trials = tune(
             bundle,
@@ -59,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     finally:
         progress.show("")
+    others = _share(before, others_cpu_seconds(), time.perf_counter() - started)
     path = save_tuning(bundle, tuning, cache_dir=arguments.cache_dir)
     if path is None:
         raise EdgeLLMError(
@@ -70,11 +77,24 @@ def _run(arguments: argparse.Namespace) -> int:
             "path": str(path),
             "tuning": dataclasses.asdict(tuning),
             "trials": [dataclasses.asdict(one) for one in trials],
+            "others": others,
         }
         write(json.dumps(document) + "\n")
     else:
         write(f"{_describe(tuning, trials)}\nKept in {path}.\n")
+    if others is not None and others > QUIET:
+        notice(
+            f"note: other programs had {others:.0%} of these cores meanwhile, and the choice holds "
+            "for that; run `edge-llm tune` again when they are quiet."
+        )
     return 0
+
+
+def _share(before: float | None, after: float | None, seconds: float) -> float | None:
+    """Share of this process's cores that others had, by their CPU seconds before and after."""
+    if before is None or after is None:
+        return None
+    return max(0.0, after - before) / (seconds * usable_cores(physical=False))
 
 
 def _describe(tuning: Tuning, trials: list[Trial]) -> str:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from edge_llm.errors import PlatformError
@@ -21,7 +22,9 @@ __all__ = [
     "cpu_features",
     "cpu_identity",
     "cpu_name",
+    "cpus_of_cores",
     "mapped_memory",
+    "others_cpu_seconds",
     "peak_memory",
     "release_memory",
     "resident_memory",
@@ -78,8 +81,7 @@ def usable_cores(*, physical: bool = True, big: bool = True) -> int:
         big: Of cores that differ in speed count the fast ones only (where ``physical``).
     """
     mask = big_cpus() if physical and big else _affinity_mask()
-    # Two hardware threads of a core share the units that a matrix product keeps busy.
-    cores = len({_siblings(cpu) for cpu in mask} if physical else mask)
+    cores = len(cpus_of_cores(mask) if physical else mask)
     quota = _cgroup_cpu_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
 
@@ -95,6 +97,17 @@ def big_cpus() -> set[int]:
             most = max(speeds.values())
             return {cpu for cpu, speed in speeds.items() if speed >= BIG * most}
     return mask
+
+
+def cpus_of_cores(cpus: Iterable[int]) -> list[int]:
+    """One CPU, the first, of each physical core that some CPUs are hardware threads of.
+
+    Two hardware threads of a core share the units that a matrix product keeps busy.
+    """
+    first: dict[str, int] = {}
+    for cpu in sorted(cpus):
+        first.setdefault(_siblings(cpu), cpu)
+    return list(first.values())
 
 
 def cpu_allowance() -> tuple[tuple[int, ...], float | None]:
@@ -140,6 +153,25 @@ def _cgroup_folders(controller: str) -> list[Path]:
         inner = root / path.lstrip("/")
         folders += [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
     return folders
+
+
+def others_cpu_seconds() -> float | None:
+    """CPU seconds that all but this process have had of its CPUs; only differences tell a thing.
+
+    What a hypervisor gave to other machines counts. None where the system does not tell.
+    """
+    if not hasattr(os, "sysconf"):
+        return None
+    busy, told = 0, 0
+    mask = {f"cpu{cpu}" for cpu in _affinity_mask()}
+    for line in (_read(PROC / "stat") or "").splitlines():
+        name, *ticks = line.split()
+        if name in mask:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
+            busy += user + nice + system + irq + softirq + steal
+            told += 1
+    own = sum(os.times()[:4])
+    return busy / os.sysconf("SC_CLK_TCK") - own if told == len(mask) else None
 
 
 def available_memory() -> int | None:

@@ -82,6 +82,12 @@ def test_threads_of_one_core_count_once(
     assert device.usable_cores() == cores
 
 
+def test_a_cpu_of_each_core(tree: Tree) -> None:
+    tree(siblings("0,4", "1,5", "2,6", "3,7"))
+    assert device.cpus_of_cores({7, 4, 3, 0, 1}) == [0, 1, 3]
+    assert device.cpus_of_cores([]) == []
+
+
 def test_siblings_may_be_listed_as_a_range(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     affinity(monkeypatch, range(4))
     tree(siblings("0-1", "2-3"))
@@ -464,3 +470,18 @@ def test_glibc_with_musl_installed_beside_it_is_served(
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.41"))
     tree({"lib/ld-musl-x86_64.so.1": b""})
     device.check_platform()
+
+
+def test_what_others_had_of_the_cores(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity(monkeypatch, {0, 2})
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(os, "times", lambda: (1.0, 0.5, 0.25, 0.25, 99.0))
+    cpus = [
+        "cpu  9 9 9 9 9 9 9 9 9 9",
+        "cpu0 100 20 30 7777 888 4 6 40 0 0",
+        "cpu1 9 9 9 9 9 9 9 9 9 9",
+    ]
+    tree({"proc/stat": "\n".join([*cpus, "intr 5 0"])})
+    assert device.others_cpu_seconds() is None  # nothing is told of CPU 2
+    tree({"proc/stat": "\n".join([*cpus, "cpu2 100 100 0 0 0 0 0 0 0 0", "intr 5 0"])})
+    assert device.others_cpu_seconds() == pytest.approx(2 + 2 - 2)

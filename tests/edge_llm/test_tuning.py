@@ -22,7 +22,7 @@ from edge_llm.engine.step_costs import WIDTHS
 from edge_llm.errors import CacheWarning
 from edge_llm.runtime import device
 from edge_llm.runtime.session import SPIN_MICROSECONDS, resolve_threads
-from edge_llm.tune import choose_chunk, judge, tune
+from edge_llm.tune import choose_affinities, choose_chunk, judge, tune
 from edge_llm.tuning import Tuning, find_tuning, save_tuning, tuning_folder
 
 COSTS = {width: 1.0 + width / 10 for width in WIDTHS}
@@ -257,6 +257,56 @@ def test_faster_ways_are_taken_by_turns(tiny_bundle: Path, monkeypatch: pytest.M
 )
 def test_choice_of_chunks(seconds: dict[int, float], chunk: int | None) -> None:
     assert choose_chunk(seconds) == chunk
+
+
+@pytest.mark.parametrize(
+    ("speeds", "siblings", "threads", "cpus"),
+    [
+        ([4, 4, 4, 4], ["0", "1", "2", "3"], 2, None),  # alike: the system's choice
+        ([1, 1, 4, 4], ["0", "1", "2", "3"], 2, "4"),
+        ([1, 1, 4, 4], ["0", "1", "2", "3"], 3, None),  # a little core would be among them
+        ([4, 4, 4, 4, 1, 1], ["0-1", "0-1", "2-3", "2-3", "4", "5"], 2, "3"),
+        ([4, 4, 4, 4, 4, 4, 1], ["0,3", "1,4", "2,5", "0,3", "1,4", "2,5", "6"], 3, "2;3"),
+    ],
+)
+def test_threads_are_bound_to_cores_of_their_own(
+    speeds: list[int],
+    siblings: list[str],
+    threads: int,
+    cpus: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cpu, (speed, group) in enumerate(zip(speeds, siblings, strict=True)):
+        folder = tmp_path / f"devices/system/cpu/cpu{cpu}"
+        (folder / "topology").mkdir(parents=True)
+        (folder / "cpu_capacity").write_text(f"{speed}\n")
+        (folder / "topology/thread_siblings_list").write_text(f"{group}\n")
+    monkeypatch.setattr(device, "SYS", tmp_path)
+    monkeypatch.setattr(device, "PROC", tmp_path)
+    allowed = set(range(len(speeds)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    assert choose_affinities(threads) == cpus
+
+
+@pytest.mark.parametrize(("others", "told"), [(None, False), (0.05, False), (0.4, True)])
+def test_other_programs_are_told_of(
+    others: float | None,
+    told: bool,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("edge_llm.tune.tune", lambda bundle, **options: (TUNED, []))
+    clock, cpu = iter([0.0, 100.0]), iter([7.0, None if others is None else 7.0 + 200 * others])
+    monkeypatch.setattr("edge_llm.cli.tune.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("edge_llm.cli.tune.others_cpu_seconds", lambda: next(cpu))
+    monkeypatch.setattr("edge_llm.cli.tune.usable_cores", lambda physical: 2)
+    assert main(["tune", str(tiny_bundle), "--cache-dir", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["others"] == (None if others is None else pytest.approx(others))
+    assert ("other programs" in captured.err) == told
 
 
 def test_foreign_folders_and_bad_arguments_are_refused(
