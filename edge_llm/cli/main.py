@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edge_llm import __version__
 from edge_llm.cli import bake, batch, bench, chat, compile_, evaluate, import_, info, run, tune
 from edge_llm.cli.command import Command, Unavailable, further_commands
 from edge_llm.cli.layout import STDOUT, write
-from edge_llm.errors import ArgumentError, EdgeLLMError
+from edge_llm.errors import ArgumentError, EdgeLLMError, EdgeLLMWarning
 
 __all__ = ["main"]
 
@@ -78,7 +79,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
     command: Command = arguments.command
     if unknown and not isinstance(command, Unavailable):
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    with _logging(arguments.verbose):
+    with _logging(arguments.verbose), _plain_warnings():
         try:
             return command.run(arguments)
         except EdgeLLMError as error:
@@ -144,6 +145,29 @@ def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
         command.configure(one)
         one.set_defaults(command=command, parser=one)
     return parser
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Write warnings of edge_llm as a user reads them, without the line of code that they name."""
+    usual = warnings.formatwarning
+
+    def plain(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if issubclass(category, EdgeLLMWarning):
+            return f"edge-llm: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 @contextlib.contextmanager

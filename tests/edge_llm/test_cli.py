@@ -910,3 +910,18 @@ def test_progress_writes_over_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.show("done")
     progress.show("")
     assert stream.getvalue() == "\rreading\rdone   \r    \r"
+
+
+def test_warnings_are_a_line_without_code(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "edge_llm.cli.main", "compile", str(tiny_bundle)]
+    done = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first, second = done.stderr.splitlines()
+    assert first.startswith("edge-llm: warning: The cache folder")
+    assert second.startswith("edge-llm: Nothing was compiled")
+    assert done.returncode == 1
