@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,10 @@ TEXT = (
 
 settings.register_profile("edge_llm", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("edge_llm")
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start to interrupt it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

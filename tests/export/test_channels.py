@@ -206,7 +206,8 @@ def test_int4_for_cpus_without_dot_products_saves_memory(
 
 def test_the_other_targets_take_the_default_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for name in (None, "x86", "arm64"):
-        manifest = export_model(tiny_checkpoint, tmp_path / str(name), target=name)
+        folder = tmp_path / str(name)
+        manifest = export_model(tiny_checkpoint, folder, target=name, quantize="int4")
         assert manifest.target == name
     graphs = {(tmp_path / str(name) / "model.onnx").read_bytes() for name in (None, "x86", "arm64")}
     assert len(graphs) == 1
