@@ -82,8 +82,8 @@ class Running:
         self.lengths = [np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((), np.int32)]
         for i in range(shape.layers):
             for part in ("key", "value"):
-                if variant.kv == "float32":
-                    cache = rng.standard_normal(size, dtype=np.float32)
+                if variant.kv in ("float32", "float16"):
+                    cache = rng.standard_normal(size, dtype=np.float32).astype(variant.kv)
                 else:
                     integers = rng.integers(-100, 100, size, np.int8)
                     cache = integers.view(np.uint8) if variant.kv == "int4" else integers

@@ -25,7 +25,8 @@ class Variant:
         qkv: "packed" or "three" products.
         rotary: "inside" GroupQueryAttention, or operators "outside".
         norm: "skip": the sum inside the norm; "add": by a node of its own.
-        kv: "float32", "int8" (a scale per channel), "int8_tensor" (per tensor) or "int4".
+        kv: "float32", "int8" (a scale per channel), "int8_tensor" (per tensor), "int4", or
+            "float16", as all of attention is then.
         block: Of the products in the layers, like ``bits`` and ``level``.
         bits: Of a weight.
         level: The accuracy level of MatMulNBits.
@@ -69,8 +70,9 @@ class Builder:
         angles = np.outer(
             np.arange(self.context), shape.theta ** (-np.arange(half, dtype=np.float64) / half)
         )
-        graph.keep("cos", np.cos(angles).astype(np.float32))
-        graph.keep("sin", np.sin(angles).astype(np.float32))
+        dtype = np.float16 if self.variant.kv == "float16" else np.float32
+        graph.keep("cos", np.cos(angles).astype(dtype))
+        graph.keep("sin", np.sin(angles).astype(dtype))
         table = self.rng.standard_normal((shape.vocab, shape.hidden), dtype=np.float32)
         stream = graph.op("Gather", "embed", [graph.keep("embedding", table), "input_ids"])
         branch = ""
@@ -160,7 +162,15 @@ class Builder:
                 for name, heads in zip(inputs[:2], (shape.heads, shape.kv_heads), strict=True)
             ]
         inside = variant.rotary == "inside"
-        dtypes: dict[str, type[np.generic]] = {"float32": np.float32, "int4": np.uint8}
+        half = variant.kv == "float16"
+        if half:
+            inputs = [
+                graph.op("Cast", f"l{i}.half_{n}", [one], to=10) if one else ""
+                for n, one in enumerate(inputs)
+            ]
+        dtypes: dict[str, type[np.generic]] = {
+            **{"float32": np.float32, "float16": np.float16, "int4": np.uint8}
+        }
         dtype = dtypes.get(variant.kv, np.int8)
         width = shape.head_dim // (2 if variant.kv == "int4" else 1)
         for part in ("key", "value"):
@@ -169,7 +179,7 @@ class Builder:
             graph.output(f"present.{i}.{part}", dtype, declared)
         options: dict[str, Any] = {}
         scales = ["", ""]
-        if variant.kv != "float32":
+        if variant.kv not in ("float32", "float16"):
             size = (1,) if variant.kv == "int8_tensor" else (1, shape.kv_heads, 1, shape.head_dim)
             limit = 7 if variant.kv == "int4" else 127
             scale = graph.constant("kv_scale", np.full(size, 4 / limit, np.float32))
@@ -180,7 +190,7 @@ class Builder:
                 "v_quant_type": kind,
                 "kv_cache_bit_width": 4 if variant.kv == "int4" else 8,
             }
-        return graph.microsoft(
+        out = graph.microsoft(
             "GroupQueryAttention",
             f"l{i}.gqa",
             [
@@ -202,6 +212,7 @@ class Builder:
             do_rotary=int(inside),
             **options,
         )
+        return graph.op("Cast", f"l{i}.float", [out], to=1) if half else out
 
     def mlp(self, path: str, normed: str, *, last: bool) -> str:
         """``down(silu(gate(x)) * up(x))``."""
