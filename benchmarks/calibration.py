@@ -1,4 +1,4 @@
-"""What does a calibrated export cost? ``edge-llm export --method gptq``, phase by phase.
+"""What does a calibrated export cost? ``edge-llm export``, phase by phase.
 
 First the text that the model writes for itself: in lockstep, as the export draws it, against one
 text at a time by ``LLM.generate``, which it did before. Both draw from one int8 bundle, by turns,
@@ -6,7 +6,7 @@ and the ratio is that of seconds per token. Then the whole export in this proces
 and CPU seconds of each phase. The last line of stdout is a JSON document.
 
     python benchmarks/calibration.py
-    python benchmarks/calibration.py --shape qwen2.5-0.5b --block 128
+    python benchmarks/calibration.py --shape qwen2.5-0.5b --quantize int4 --block 128
 
 Random weights make a flat distribution, whose draws sort the whole vocabulary. So the weights of
 the last norm are set to 4 here: logits of that standard deviation have a trained model's entropy,
@@ -112,26 +112,24 @@ def measure_drawing(checkpoint: Path, *, tokens: int, rounds: int) -> dict[str, 
     return figures
 
 
-def measure_export(checkpoint: Path, calibration: Calibration, block: int) -> dict[str, Any]:
-    """Wall-clock and CPU seconds of each phase of an export."""
+def measure_export(checkpoint: Path, calibration: Calibration, **options: Any) -> dict[str, Any]:
+    """Wall-clock and CPU seconds of each phase of an export with some options."""
     phases = Phases()
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
         export_model(
             checkpoint,
             Path(folder) / "bundle",
-            quantize="int4",
-            block=block,
-            method="gptq",
             calibration=calibration,
             progress=phases,
+            **options,
         )
     phases("end", 0, 0)
     total = {"wall": sum(phases.wall.values()), "cpu": sum(phases.cpu.values())}
     return {"wall": phases.wall, "cpu": phases.cpu, "total": total}
 
 
-def show(drawing: dict[str, Any], export: dict[str, Any]) -> str:
-    """Both as tables."""
+def show_drawing(drawing: dict[str, Any]) -> str:
+    """Both ways as a table."""
     drawn = [("drawing, ms per token", "wall", "CPU")]
     clocks = drawing["wall"], drawing["cpu"]
     for name in WAYS:
@@ -139,23 +137,29 @@ def show(drawing: dict[str, Any], export: dict[str, Any]) -> str:
         drawn.append((name, wall, cpu))
     wall, cpu = (f"{clock['ratio']:.3f}" for clock in clocks)
     drawn.append(("ratio", wall, cpu))
+    return table(drawn)
+
+
+def show_export(export: dict[str, Any]) -> str:
+    """Its phases as a table."""
     rows = [("phase", "wall, s", "CPU, s")]
     rows += [
         (name, f"{export['wall'][name]:.1f}", f"{export['cpu'][name]:.1f}")
         for name in export["wall"]
     ]
     rows.append(("all", f"{export['total']['wall']:.1f}", f"{export['total']['cpu']:.1f}"))
-    return f"{table(drawn)}\n\n{table(rows)}"
+    return table(rows)
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", help="a shape of benchmarks/shapes.py")
-    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--quantize", choices=["auto", "int8", "int4"], default="auto")
+    parser.add_argument("--block", type=int, default=128, help="of int8 and int4")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of drawing text; 0 leaves it out")
     parser.add_argument(
         "--folder", type=Path, default=Path("bundles"), help="where the made checkpoint lies"
     )
@@ -164,14 +168,21 @@ def main() -> None:
     shapes = Path(__file__).with_name("shapes.py")
     subprocess.run([sys.executable, shapes, arguments.shape, checkpoint], check=True)
     sharpen(checkpoint)
-    drawing = measure_drawing(checkpoint, tokens=arguments.tokens, rounds=arguments.rounds)
+    drawing = None
+    if arguments.rounds:
+        drawing = measure_drawing(checkpoint, tokens=arguments.tokens, rounds=arguments.rounds)
     calibration = Calibration(samples=arguments.samples, tokens=arguments.tokens)
-    export = measure_export(checkpoint, calibration, arguments.block)
-    print(show(drawing, export))
+    options: dict[str, Any] = {"quantize": arguments.quantize}
+    if arguments.quantize != "auto":
+        options |= {"method": "gptq", "block": arguments.block}
+    export = measure_export(checkpoint, calibration, **options)
+    if drawing is not None:
+        print(f"{show_drawing(drawing)}\n")
+    print(show_export(export))
     document = {
         "benchmark": "calibration",
         "shape": arguments.shape,
-        "block": arguments.block,
+        "options": options,
         "samples": arguments.samples,
         "tokens": arguments.tokens,
         "rounds": arguments.rounds,

@@ -169,7 +169,9 @@ class Builder:
                 for n, one in enumerate(inputs)
             ]
         dtypes: dict[str, type[np.generic]] = {
-            **{"float32": np.float32, "float16": np.float16, "int4": np.uint8}
+            "float32": np.float32,
+            "float16": np.float16,
+            "int4": np.uint8,
         }
         dtype = dtypes.get(variant.kv, np.int8)
         width = shape.head_dim // (2 if variant.kv == "int4" else 1)
