@@ -1,9 +1,9 @@
 """How much do many requests get together, and how long does each of them wait?
 
 For 1 to 16 requests at once, greedy, of equal lengths and without a common beginning: edge_llm
-(a thread reads each stream), llama.cpp (one ``llama_decode`` a step for a token of every sequence)
-and onnxruntime-genai (its generator over a batch). The same random weights, the same threads, by
-turns, each time in a process of its own; nothing is drafted.
+(a thread reads each stream; and one ``LLM.batch`` of all), llama.cpp (one ``llama_decode`` a step
+for a token of every sequence) and onnxruntime-genai (its generator over a batch). The same random
+weights, the same threads, by turns, each time in a process of its own; nothing is drafted.
 
 - all: tokens of all answers per second, from asking to the end, prompts included.
 - decode: tokens per second while all requests get them.
@@ -51,6 +51,7 @@ BUILTIN = "built-in"
 OWN = "edge-llm"
 RECIPES = {
     OWN: recipe(OWN, "--quantize int4 --block 128"),
+    "edge-llm batch": recipe(OWN, "--quantize int4 --block 128"),
     "llama.cpp": recipe("llama.cpp", "Q4_0"),
     "onnxruntime-genai": recipe("onnxruntime-genai", "int4 algo_config=rtn block_size=32"),
 }
@@ -205,7 +206,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "shapes": shapes,
         "environment": machine,
-        "versions": versions({"edge-llm", *arguments.engines}),
+        "versions": versions({RECIPES[name].engine for name in (OWN, *arguments.engines)}),
     }
 
 

@@ -70,8 +70,14 @@ class Together:
 
     @classmethod
     def of(cls, times: Times) -> Together:
-        """What the times of tokens come to."""
+        """What the times of tokens come to.
+
+        Raises:
+            RuntimeError: At no time all requests got tokens.
+        """
         begin, end = max(one[0] for one in times), min(one[-1] for one in times)
+        if begin >= end:
+            raise RuntimeError("an answer ended before another one began: ask for longer ones")
         between = sum(begin < moment <= end for one in times for moment in one)
         gaps = np.concatenate([np.diff(one) for one in times])
         return cls(
@@ -152,6 +158,29 @@ class EdgeTogether:
         ready.wait()
         for reader in readers:
             reader.join()
+        return times
+
+
+class EdgeBatch(EdgeTogether):
+    """edge_llm: one ``LLM.batch`` of all prompts, whose answers come whole."""
+
+    def answer(self, prompts: list[list[int]], *, max_tokens: int) -> Times:
+        """See :class:`Engine`; each answer's tokens are spread evenly behind its first."""
+        answers = self.llm.batch(
+            prompts,
+            max_tokens=max_tokens,
+            min_tokens=max_tokens,
+            temperature=0,
+            speculation="off",
+            reuse_prefix=False,
+        )
+        times: Times = []
+        for result in answers:
+            assert result.completion is not None
+            timings = result.completion.timings
+            assert timings.first_token is not None
+            steps = np.arange(max_tokens) * (timings.per_token or 0.0)
+            times.append((timings.first_token + steps).tolist())
         return times
 
 
@@ -305,6 +334,7 @@ class GenaiTogether:
 
 ENGINES: dict[str, type[Any]] = {
     "edge-llm": EdgeTogether,
+    "edge-llm batch": EdgeBatch,
     "llama.cpp": LlamaCppTogether,
     "onnxruntime-genai": GenaiTogether,
 }
