@@ -41,7 +41,7 @@ MIN_ONNXRUNTIME = "1.32"
 _PRODUCERS = ("edge-llm", "onnx", "numpy", "onnxruntime")
 
 # Of a calibration, what concerns weights alone.
-_OF_WEIGHTS = ("method", "damping", "act_order", "correction")
+_OF_WEIGHTS = ("method", "damping", "act_order", "correction", "rounds")
 
 Progress = Callable[[str, int, int], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,24 @@ class GraphRecorder:
         dtype = next(info.dtype for info in self._deferred_infos() if info.name == of)
         self._views[name] = (of, TensorInfo(name, dtype, tuple(shape)))
         return name
+
+    def until(self, outputs: Collection[str]) -> GraphRecorder:
+        """What some of the outputs take, and all inputs. ONNX Runtime runs every node there is."""
+        part = GraphRecorder(self._name, opset=self._opset)
+        wanted = set(outputs)
+        part._inputs = self._inputs
+        part._outputs = [one for one in self._outputs if one.name in wanted]
+        for node in reversed(self._nodes):
+            if not wanted.isdisjoint(node.output):
+                part._nodes.insert(0, node)
+                wanted.update(node.input)
+        part._small = {name: one for name, one in self._small.items() if name in wanted}
+        part._views = {name: one for name, one in self._views.items() if name in wanted}
+        wanted.update(of for of, _ in part._views.values())
+        part.deferred = [
+            group for group in self.deferred if any(info.name in wanted for info in group.tensors)
+        ]
+        return part
 
     def model(self, data_file: str, offsets: dict[str, int], producer: str) -> onnx.ModelProto:
         """The finished model, its weights pointing into ``data_file``.

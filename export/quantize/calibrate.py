@@ -173,7 +173,10 @@ class _Work:
                 missing = {name: one for name, one in group.items() if not self._stored(name, one)}
                 if missing:
                     streams = {one.added for one in missing.values() if one.added}
-                    with PartSession(build(_first(found)), self.minimum) as quantized:
+                    begun = PartSession(
+                        build(_first(found)), self.minimum, until={source, *streams}
+                    )
+                    with begun as quantized:
                         sums = sum_inputs(
                             plain, quantized, exact, stream, source=source, streams=streams
                         )
@@ -219,7 +222,7 @@ class _Work:
                     )
                 self._shelf(storage).put(
                     name,
-                    GPTQMatrix(matrix, storage, feedback[block]),
+                    GPTQMatrix(matrix, storage, feedback[block], self.calibration.rounds),
                     partial(row_losses, matrix, moments),
                 )
 

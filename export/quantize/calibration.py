@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge_llm.errors import ArgumentError
 from edge_llm.text.tokenizer import Tokenizer
 
-from .gptq import DEFAULT_DAMPING
+from .gptq import DEFAULT_DAMPING, DEFAULT_ROUNDS
 
 __all__ = ["Calibration", "read_windows"]
 
@@ -31,6 +31,7 @@ class Calibration:
         correction: How much of what the quantized matrices in front of a matrix changed is taken
             back by it, 0 to 1.
         act_order: Round columns with strong inputs first (they stay where they are stored).
+        rounds: How often scales and integers are refined by coordinate descent behind GPTQ's pass.
     """
 
     text: str | os.PathLike[str] | None = None
@@ -40,9 +41,10 @@ class Calibration:
     damping: float = DEFAULT_DAMPING
     correction: float = 0.5
     act_order: bool = True
+    rounds: int = DEFAULT_ROUNDS
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("tokens", 2), ("seed", 0)):
+        for name, least in (("samples", 1), ("tokens", 2), ("seed", 0), ("rounds", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(name, f"an integer of at least {least}", value)

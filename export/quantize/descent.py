@@ -14,6 +14,9 @@ __all__ = ["descend"]
 
 Floats = NDArray[np.float64]
 
+AT_ONCE = 16
+"""Columns whose effect on those behind them is one product; divides every block."""
+
 
 def descend(
     weights: Floats, integers: Floats, scales: Floats, moments: Floats, *, half: int, rounds: int
@@ -69,13 +72,16 @@ def _fit_integers(
     for index, scale in enumerate(scales):
         start, stop = index * block, (index + 1) * block
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
-        slope, near = moments[start:stop] @ errors, moments[start:stop, start:stop]
-        for k in range(block):
-            column = start + k
-            best = integers[column] + slope[k] / strength[column] * inverse
-            np.clip(np.rint(best), -half, half - 1, out=best)
-            change = (best - integers[column]) * scale
-            slope -= np.outer(near[k], change)
-            errors[column] -= change
-            integers[column] = best
+        slope = moments[start:stop] @ errors
+        for first in range(start, stop, AT_ONCE):
+            last = first + AT_ONCE
+            near, changes = moments[first:last, first:last], np.empty((AT_ONCE, len(scale)))
+            for k, column in enumerate(range(first, last)):
+                pull = slope[column - start] - near[k, :k] @ changes[:k]
+                best = integers[column] + pull / strength[column] * inverse
+                np.clip(np.rint(best), -half, half - 1, out=best)
+                changes[k] = (best - integers[column]) * scale
+                integers[column] = best
+            errors[first:last] -= changes
+            slope[last - start :] -= moments[last:stop, first:last] @ changes
     return integers

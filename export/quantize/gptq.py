@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_llm.errors import ArgumentError
 
 from ..graph.matrices import Matrix
-from .descent import descend
+from .descent import AT_ONCE, descend
 from .packing import Blocks, block_count, blocks_of
 from .rtn import dequantize_blocks
 from .storage import QuantizedMatrix, Storage
@@ -187,11 +187,14 @@ def _round(
         ahead = weights[start:stop] + np.linalg.solve(upper[start:stop, start:stop].T, made_up)
         scale = search_scales(ahead.astype(np.float32), feedback.loss[start:stop], bits=bits)
         inverse = np.divide(1.0, scale, out=np.zeros(rows), where=scale != 0)
-        for k in range(start, stop):
-            target = weights[k] + made_up[k - start] + upper[start:k, k] @ errors[start:k]
-            integer = np.clip(np.rint(target * inverse), -half, half - 1)
-            integers[k] = integer
-            errors[k] = weights[k] - integer * scale
+        for first in range(start, stop, AT_ONCE):
+            last = first + AT_ONCE
+            for k in range(first, last):
+                target = weights[k] + made_up[k - start] + upper[first:k, k] @ errors[first:k]
+                integer = np.clip(np.rint(target * inverse), -half, half - 1)
+                integers[k] = integer
+                errors[k] = weights[k] - integer * scale
+            made_up[last - start :] += upper[first:last, last:stop].T @ errors[first:last]
         scales[index] = scale
     return integers, scales
 

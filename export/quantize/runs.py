@@ -23,6 +23,9 @@ from .work import matrices_folder
 
 __all__ = ["CalibrationRuns"]
 
+SEARCH_ROUNDS = 1
+"""Of coordinate descent on matrices that are tried."""
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRuns:
@@ -75,7 +78,8 @@ class CalibrationRuns:
             lambda name: narrow if name in names else CHOICES,
             self._rounded(wide),
             decided=CHOICES,
-            calibration=replace(self.calibration, correction=0.0),
+            # Enough to choose by; what is chosen is calibrated again.
+            calibration=replace(self.calibration, correction=0.0, rounds=SEARCH_ROUNDS),
             errors=True,
         )
 
@@ -119,7 +123,9 @@ class CalibrationRuns:
             embedding=embedding,
             context=self.context,
             calibration=calibration,
-            folder=matrices_folder(self.work, self.windows, decided, calibration.correction),
+            folder=matrices_folder(
+                self.work, self.windows, decided, calibration.correction, calibration.rounds
+            ),
             minimum=self.minimum,
             report=partial(self.report, phase),
             errors=errors,

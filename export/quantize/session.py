@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,17 +39,25 @@ def batches(source: Rows) -> Iterator[Rows]:
 
 
 class PartSession:
-    """A part's session, whose files are gone when the block ends."""
+    """A part's session, whose files are gone when the block ends.
 
-    def __init__(self, part: Part, minimum: str) -> None:
+    Args:
+        part: The part.
+        minimum: Oldest version of onnxruntime that has its operators.
+        until: Names of what will be asked for, where that is not all: what they do not take is left
+            out.
+    """
+
+    def __init__(self, part: Part, minimum: str, *, until: Collection[str] = ()) -> None:
         self._part = part
+        self._graph = part.graph.until(until) if until else part.graph
         self._minimum = minimum
         self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-")
 
     def __enter__(self) -> Self:
         folder = Path(self._folder.name)
         writer = BundleWriter(folder)
-        writer.write_graph(self._part.graph, producer="calibration", on_bytes=lambda size: None)
+        writer.write_graph(self._graph, producer="calibration", on_bytes=lambda size: None)
         self._session: ort.InferenceSession = create_session(
             folder / GRAPH_FILE, threads=usable_cores(), minimum=self._minimum
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from ..graph.matrices import Matrix
 from .packing import Blocks, block_count, pack
@@ -191,8 +193,9 @@ def _by_rows(shape: tuple[int, int], store: Callable[[int, int], None]) -> None:
     """Call ``store`` with a start and a stop for all rows, on several threads."""
     rows, columns = shape
     step = max(1, CHUNK_WEIGHTS // columns)
-    # numpy releases the interpreter lock inside its loops, so threads do run side by side.
-    with ThreadPoolExecutor(_threads()) as pool:
+    # numpy releases the interpreter lock inside its loops, so threads do run side by side. A BLAS
+    # with threads of its own lets in one at a time, and calibrating takes half as long again.
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(lambda at: store(at, min(at + step, rows)), range(0, rows, step)):
             pass
 
@@ -214,6 +217,11 @@ def float_rows(matrix: Matrix) -> Iterator[NDArray[np.float32]]:
 def transposed(matrix: Matrix) -> NDArray[Any]:
     """The whole matrix, [columns, rows]."""
     return np.ascontiguousarray(matrix.read(0, matrix.shape[0]).T)
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _threads() -> int:
