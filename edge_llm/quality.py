@@ -322,14 +322,15 @@ def _window_figures(
 
 def _check_unseen(llm: LLM, digest: str) -> None:
     """Refuse the text that a bundle was calibrated on; of other texts it does not know enough."""
-    calibration = llm.manifest.info.get("calibration")
-    if isinstance(calibration, dict) and calibration.get("sha256") == digest:
-        raise ArgumentError(
-            "text",
-            f"another one than {llm.manifest.name!r} was calibrated on",
-            f"the text whose SHA-256 is {digest}",
-            "A model that was fitted to a text looks better on it than it is.",
-        )
+    for name in ("calibration", "kv_cache_calibration"):
+        calibration = llm.manifest.info.get(name)
+        if isinstance(calibration, dict) and calibration.get("sha256") == digest:
+            raise ArgumentError(
+                "text",
+                f"another one than {llm.manifest.name!r} was calibrated on",
+                f"the text whose SHA-256 is {digest}",
+                "A model that was fitted to a text looks better on it than it is.",
+            )
 
 
 def _check_tokenizers(llm: LLM, reference: LLM, text: str, tokens: list[int]) -> None:

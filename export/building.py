@@ -106,8 +106,13 @@ def _write_trial(
     selection: Selection,
     folder: Path,
 ) -> None:
-    """Write a bundle that is not the last one, into an empty folder."""
-    write(plan, _record(plan, spec, weights, selection), folder, report)
+    """Write a bundle that is not the last one, into an empty folder.
+
+    One with windows to calibrate on gets the cache that the last one will have.
+    """
+    manifest = write(plan, _record(plan, spec, weights, selection), folder, report)
+    if plan.kv_calibration is not None and selection.windows is not None:
+        quantize_stage(plan, folder, manifest, selection.windows, report)
 
 
 def quantize_stage(

@@ -23,7 +23,7 @@ QUANTIZATIONS = {"fp32": 32, "int8": 8, "int4": 4}
 
 AUTO = "auto"
 """Each matrix in as many bits as it is worth; the default."""
-AUTO_BITS = 4.85
+AUTO_BITS = 4.8
 """Bits of a weight that it takes at most, scales included, on the average."""
 
 METHODS = ("rtn", "gptq")

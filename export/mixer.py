@@ -23,6 +23,9 @@ from .quantize.storage import FLOAT32, QuantizedMatrix, Storage
 
 __all__ = ["Mixer"]
 
+# Bytes of the last manifest that those of the trials lack: what was tried, and the quality.
+RESERVE = 8192
+
 # How many mixes are measured as a rule, for the progress bar.
 EXPECTED_TRIALS = 4
 
@@ -65,7 +68,7 @@ class Mixer:
             nonlocal tried
             tried += 1
             self.report("measuring mixes", tried, max(tried, EXPECTED_TRIALS))
-            return self._measure(reference, mix)
+            return self._measure(reference, mix, candidates)
 
         def finish(mix: Mix) -> Mix:
             matrices = self.runs.of_mix(mix)
@@ -79,6 +82,7 @@ class Mixer:
             weights=self._elements(candidates),
             measure=measure,
             finish=finish,
+            reserve=RESERVE,
         )
         return self._selection(found, candidates)
 
@@ -91,10 +95,9 @@ class Mixer:
         self.report("original", 1, 1)
         return reference
 
-    def _measure(self, reference: Reference, mix: Mix) -> Trial:
+    def _measure(self, reference: Reference, mix: Mix, candidates: dict[str, Candidates]) -> Trial:
         folder = self.scratch / "trial"
-        matrices = {name: one.matrices for name, one in mix.items()}
-        self._write(Selection(CHOICES[0], matrices), folder)
+        self._write(self._selected(mix, candidates), folder)
         distance = reference.distance(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         shutil.rmtree(folder)
@@ -106,15 +109,7 @@ class Mixer:
         self.write(selection, folder)
 
     def _selection(self, found: Found, candidates: dict[str, Candidates]) -> Selection:
-        vocabularies, trial = self.runs.vocabularies, found.trials[-1]
-        others: dict[str, Storage] = {}
-        for name, option in found.mix.items():
-            tensors: Sequence[str] = (
-                checkpoint_names(vocabularies[name])
-                if name in vocabularies
-                else candidates[name].tensors
-            )
-            others |= dict(_exceptions(tensors, option.matrices))
+        trial = found.trials[-1]
         limit, value = self.budget.limit
         info = {
             "budget": {limit: value},
@@ -122,8 +117,20 @@ class Mixer:
             "measured": asdict(trial),
             "tried": [asdict(one) for one in found.trials[:-1]],
         }
-        matrices = {name: option.matrices for name, option in found.mix.items()}
-        return Selection(CHOICES[0], matrices, others, {"mix": info})
+        return replace(self._selected(found.mix, candidates), info={"mix": info})
+
+    def _selected(self, mix: Mix, candidates: dict[str, Candidates]) -> Selection:
+        vocabularies = self.runs.vocabularies
+        others: dict[str, Storage] = {}
+        for name, option in mix.items():
+            tensors: Sequence[str] = (
+                checkpoint_names(vocabularies[name])
+                if name in vocabularies
+                else candidates[name].tensors
+            )
+            others |= dict(_exceptions(tensors, option.matrices))
+        matrices = {name: option.matrices for name, option in mix.items()}
+        return Selection(CHOICES[0], matrices, others, windows=self.runs.windows)
 
     def _elements(self, candidates: dict[str, Candidates]) -> int:
         """Weights of all matrices."""

@@ -73,7 +73,7 @@ def export_model(
         output: The bundle's folder; must not exist or be empty.
         quantize: "auto", "fp32", "int8" or "int4". "auto" (the default, unless one of ``block``,
             ``method`` and ``vocabulary`` is given) stores each matrix in as many bits as measuring
-            shows it to be worth, 4.85 on the average, scales included, or within a budget. A
+            shows it to be worth, 4.8 on the average, scales included, or within a budget. A
             checkpoint that GPTQ or AWQ quantized keeps its integers, unless "fp32" dequantizes
             them; where optimum makes the graph, "auto" is "int4".
         block: Weights that share a scale: 32, 64 or 128 (default 32).

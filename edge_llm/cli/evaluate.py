@@ -138,6 +138,8 @@ def _open_reference(arguments: argparse.Namespace, llm: LLM, progress: Progress)
 def _is_checkpoint(folder: Path) -> bool:
     from edge_llm.bundle import Bundle
 
+    if not (folder / "manifest.json").exists() and any(folder.glob("*.safetensors")):
+        return True  # though it may have graphs beside them, quantized ones too
     try:
         Bundle.open(folder)
     except BundleNotFoundError:

@@ -126,9 +126,8 @@ def build_layer(
     }
     if storage == FLOAT32:
         widths = {one.input: one.matrix.shape[1] for one in found.values()}
-        widths |= {
-            one.added: spec.hidden for one in found.values() if one.added not in ("", source)
-        }
+        widths |= {one.added: spec.hidden for one in found.values() if one.added}
+        widths.pop(source, None)
         for name, width in widths.items():
             graph.output(name, np.float32, ["batch", "tokens", width])
     return Part(graph, source, output, state, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,9 @@ from edge_llm.errors import ArgumentError
 from .mixing import CHOICES, Ladder, Mix, Option, best, cheapest, rescaled
 
 __all__ = ["Budget", "Found", "Trial", "check_least", "find_mix", "parse_size"]
+
+MOST_FINISHED = 4
+"""Mixes that are finished for a limited loss: each takes as long as a calibration."""
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -94,11 +98,13 @@ def find_mix(
     weights: int,
     measure: Callable[[Mix], Trial],
     finish: Callable[[Mix], Mix],
+    reserve: int = 0,
 ) -> Found:
     """The smallest mix that loses no more than it may, or the truest that is no larger.
 
-    What is finished loses less than what was searched. By how much less, the first that is found
-    tells; so where the loss is limited, a second search allows for it.
+    What is finished loses less than what was searched. By how much less, each that is found tells;
+    so where the loss is limited, the next search allows for it. Where bits are limited to fewer
+    than any mix takes, as where rows fill no whole blocks, the smallest is taken.
 
     Args:
         options: Of every matrix.
@@ -108,6 +114,7 @@ def find_mix(
         weights: Elements of all matrices.
         measure: Writes and measures a mix.
         finish: Makes of a mix what will be used, with the same sizes.
+        reserve: Bytes that the bundle will have besides what was measured.
 
     Raises:
         ArgumentError: No mix meets the limit; it names the best that is reached.
@@ -120,14 +127,16 @@ def find_mix(
 
     truest = best(options)
     top = tried(truest)
-    fixed = top.size - top.weights
+    fixed = top.size - top.weights + reserve
     room = _room(budget, fixed, weights)
     if room is None:
         _check_reach(budget, top)
     else:
         least = sum(one.size for one in cheapest(options).values())
+        if budget.max_bits is not None:
+            room = max(room, least)
         if least > room:
-            raise _too_small(budget, least + fixed)
+            raise _too_small(budget, f"at least {least + fixed:,} bytes")
     for names in groups:
         low = cheapest({name: options[name] for name in names})
         lost = tried({**truest, **low}).kl_divergence - top.kl_divergence
@@ -154,16 +163,21 @@ def check_least(budget: Budget, shapes: Iterable[tuple[int, ...]]) -> None:
     """
     if budget.max_size is None:
         return
-    blobs = (CHOICES[0].blob_shape(*shape) for shape in shapes if len(shape) == 2)
-    least = sum(math.prod(blob) + 4 * blob[0] * blob[1] for blob in blobs)
+    least = sum(map(_least, (shape for shape in shapes if len(shape) == 2)))
     if least > budget.max_size:
-        raise _too_small(budget, least)
+        raise _too_small(budget, f"more than {least:,} bytes")
 
 
-def _too_small(budget: Budget, least: int) -> ArgumentError:
+def _least(shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix's smallest storage, whichever of its sides is rows."""
+    blobs = (one.blob_shape(*sides) for one in CHOICES for sides in (shape, shape[::-1]))
+    return min(math.prod(blob) + 4 * blob[0] * blob[1] for blob in blobs)
+
+
+def _too_small(budget: Budget, domain: str) -> ArgumentError:
     return ArgumentError(
         "max_size",
-        f"at least {least:,} bytes, which this model takes at 4 bits",
+        f"{domain}, which this model takes at 4 bits",
         budget.max_size,
         "Allow more, or take a smaller model.",
     )
@@ -174,11 +188,17 @@ def _check_reach(budget: Budget, top: Trial) -> None:
     if _lost(budget, top) > value:
         raise ArgumentError(
             name,
-            f"at least {_lost(budget, top):.3g}, which this model loses at 8 bits, the best that "
-            "can be reached",
+            f"at least {_rounded_up(_lost(budget, top))}, which this model loses at 8 bits, the "
+            "best that can be reached",
             value,
             "Allow more, or export it as fp32.",
         )
+
+
+def _rounded_up(value: float) -> str:
+    """Three digits of what is no less."""
+    context = decimal.Context(prec=3, rounding=decimal.ROUND_CEILING)
+    return f"{float(context.create_decimal_from_float(value)):g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,25 +216,19 @@ class _Search:
     def run(self) -> tuple[Mix, Trial]:
         """The mix, finished, and what was measured of it."""
         _, limit = self.budget.limit
-        mix, rough = self._smallest(limit)
-        found = self._finished(mix)
-        spared = _lost(self.budget, rough) / max(_lost(self.budget, found[1]), 1e-12)
-        other, _ = self._smallest(limit * spared)
-        if _size(other) == _size(mix):
-            return self._within(found)
-        second = self._finished(other)
-        fitting = [one for one in (found, second) if _lost(self.budget, one[1]) <= limit]
-        return min(fitting, key=lambda one: one[1].size) if fitting else self._within(second)
-
-    def _finished(self, mix: Mix) -> tuple[Mix, Trial]:
-        done = self.finish(mix)
-        return done, self.tried(done)
-
-    def _within(self, found: tuple[Mix, Trial]) -> tuple[Mix, Trial]:
-        """What was found, or the truest mix if that loses too much, which was measured already."""
-        if _lost(self.budget, found[1]) <= self.budget.limit[1]:
-            return found
-        return self.truest, self.top
+        aim, done, fitting = limit, set[int](), list[tuple[Mix, Trial]]()
+        while len(done) < MOST_FINISHED:
+            mix, rough = self._smallest(aim)
+            if _size(mix) in done:
+                break
+            done.add(_size(mix))
+            mix = self.finish(mix)
+            trial = self.tried(mix)
+            if _lost(self.budget, trial) <= limit:
+                fitting.append((mix, trial))
+            aim = limit * _lost(self.budget, rough) / max(_lost(self.budget, trial), 1e-12)
+        # The truest one was measured first, and does meet the limit.
+        return min(fitting, key=lambda one: one[1].size, default=(self.truest, self.top))
 
     def _smallest(self, limit: float) -> tuple[Mix, Trial]:
         """Bisect the ladder for the lowest rung that loses no more."""

@@ -8,6 +8,7 @@ that it has behind all those before it, and takes back a share of what these cha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -167,22 +168,31 @@ class _Work:
         wanted = {name: one for name, one in part.projections.items() if self.ways(name)}
         if all(self._stored(name, one) for name, one in wanted.items()):
             return {name: self._candidates(name, one) for name, one in wanted.items()}
-        with PartSession(part, self.minimum) as plain:
-            for source in dict.fromkeys(one.input for one in wanted.values()):
-                group = {name: one for name, one in wanted.items() if one.input == source}
-                missing = {name: one for name, one in group.items() if not self._stored(name, one)}
-                if missing:
-                    streams = {one.added for one in missing.values() if one.added}
-                    begun = PartSession(
-                        build(_first(found)), self.minimum, until={source, *streams}
-                    )
-                    with begun as quantized:
-                        sums = sum_inputs(
-                            plain, quantized, exact, stream, source=source, streams=streams
-                        )
-                    self._round(missing, sums, damping, correction)
-                found |= {name: self._candidates(name, one) for name, one in group.items()}
+        for source in dict.fromkeys(one.input for one in wanted.values()):
+            group = {name: one for name, one in wanted.items() if one.input == source}
+            missing = {name: one for name, one in group.items() if not self._stored(name, one)}
+            if missing:
+                sums = self._sum(part, build(_first(found)), exact, stream, missing, source)
+                self._round(missing, sums, damping, correction)
+            found |= {name: self._candidates(name, one) for name, one in group.items()}
         return found
+
+    def _sum(
+        self,
+        plain: Part,
+        quantized: Part,
+        exact: NDArray[np.float32] | None,
+        stream: NDArray[np.float32],
+        missing: Mapping[str, Projection],
+        source: str,
+    ) -> InputSums:
+        """Sums over an input of some projections, as far as they are known to be needed."""
+        streams = {one.added for one in missing.values() if one.added}
+        until = {source, *streams}
+        changed = PartSession(quantized, self.minimum, until=until)
+        true = nullcontext() if exact is None else PartSession(plain, self.minimum, until=until)
+        with changed as session, true as original:
+            return sum_inputs(original, session, exact, stream, source=source, streams=streams)
 
     def _candidates(self, name: str, one: Projection) -> Candidates:
         return Candidates(self._stored(name, one), 1.0, tuple(checkpoint_names(one.matrix)))

@@ -41,7 +41,7 @@ class InputSums:
 
 
 def sum_inputs(
-    plain: PartSession,
+    plain: PartSession | None,
     quantized: PartSession,
     exact: NDArray[np.float32] | None,
     stream: NDArray[np.float32],
@@ -52,15 +52,14 @@ def sum_inputs(
     """Run a part side by side without quantized matrices and with those that there are already.
 
     Args:
-        plain: The part in float32.
+        plain: The part in float32; None: it is not run.
         quantized: The part up to this input as it will be.
-        exact: What the float32 model's part reads, float32 [windows, tokens, hidden]; None: it is
-            not run.
+        exact: What the float32 model's part reads, float32 [windows, tokens, hidden], if it is run.
         stream: What the quantized model's part reads, likewise.
         source: The input's name.
         streams: Names of what products with this input are added to.
     """
-    names = [source, *sorted(streams)] if exact is not None else [source]
+    names = [source] if plain is None else [source, *sorted(streams)]
     sums: dict[str, NDArray[np.float64]] = {}
     moments, tokens = np.zeros(()), stream.shape[0] * stream.shape[1]
     for rows, changed in zip(
@@ -69,7 +68,7 @@ def sum_inputs(
         found = quantized.step(changed, names)
         inputs = _flat(found[source])
         moments = moments + (inputs.T @ inputs).astype(np.float64)
-        if exact is None:
+        if plain is None:
             continue
         true = plain.step(rows, names)
         for name in names:

@@ -23,8 +23,8 @@ from .work import matrices_folder
 
 __all__ = ["CalibrationRuns"]
 
-SEARCH_ROUNDS = 1
-"""Of coordinate descent on matrices that are tried."""
+SEARCH_ROUNDS, SEARCH_STEP = 1, 2
+"""Of coordinate descent on matrices that are tried, and of how many windows they see one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,11 @@ class CalibrationRuns:
         return vocabularies(self.spec, self.weights)
 
     def one_storage(self, storage: Storage, vocabulary: Storage) -> Selection:
-        """All matrices in one storage; a head in another one is not calibrated."""
+        """All matrices in one storage; a vocabulary in another one is not calibrated."""
+        rounded = () if vocabulary == storage else self.vocabularies.keys()
         found = self._run(
             "calibrating",
-            lambda name: () if name == "lm_head" and vocabulary != storage else (storage,),
+            lambda name: () if name in rounded else (storage,),
             self._rounded(vocabulary),
             decided=(storage, vocabulary),
         )
@@ -77,6 +78,7 @@ class CalibrationRuns:
             "trying storages",
             lambda name: narrow if name in names else CHOICES,
             self._rounded(wide),
+            windows=self.windows[::SEARCH_STEP],
             decided=CHOICES,
             # Enough to choose by; what is chosen is calibrated again.
             calibration=replace(self.calibration, correction=0.0, rounds=SEARCH_ROUNDS),
@@ -110,21 +112,23 @@ class CalibrationRuns:
         embedding: Sequence[QuantizedMatrix],
         *,
         decided: object,
+        windows: NDArray[np.int64] | None = None,
         calibration: Calibration | None = None,
         errors: bool = False,
     ) -> dict[str, Candidates]:
         """One run, see :func:`~.calibrate.calibrate`; ``decided`` is what decides the first two."""
         calibration = calibration or self.calibration
+        windows = self.windows if windows is None else windows
         return calibrate(
             self.spec,
             self.weights,
-            self.windows,
+            windows,
             ways=ways,
             embedding=embedding,
             context=self.context,
             calibration=calibration,
             folder=matrices_folder(
-                self.work, self.windows, decided, calibration.correction, calibration.rounds
+                self.work, windows, decided, calibration.correction, calibration.rounds
             ),
             minimum=self.minimum,
             report=partial(self.report, phase),

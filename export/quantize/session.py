@@ -50,7 +50,8 @@ class PartSession:
 
     def __init__(self, part: Part, minimum: str, *, until: Collection[str] = ()) -> None:
         self._part = part
-        self._graph = part.graph.until(until) if until else part.graph
+        outputs = set(until) - {part.input}
+        self._graph = part.graph.until(outputs) if outputs else part.graph
         self._minimum = minimum
         self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-")
 
@@ -87,5 +88,7 @@ class PartSession:
             feeds[one.input] = np.zeros(shape, np.float32)
         outputs = [name for name in names if name != self._part.input]
         results: dict[str, Any] = {self._part.input: rows}
+        if not outputs:  # which would ask ONNX Runtime for all
+            return results
         found = self._session.run(outputs, feeds)
         return results | dict(zip(outputs, found, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ CHUNK_WEIGHTS = 1 << 18
 # A thread rounds some 150 million weights a second, 300 MB of bfloat16: four keep up with a disk,
 # and cannot swamp a container whose quota of the processor the affinity mask does not show.
 MOST_THREADS = 4
+
+# The limit is the whole process's: of two that overlap, the later one would keep what it found.
+_ONE_BLAS_THREAD = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,8 @@ def _by_rows(shape: tuple[int, int], store: Callable[[int, int], None]) -> None:
     step = max(1, CHUNK_WEIGHTS // columns)
     # numpy releases the interpreter lock inside its loops, so threads do run side by side. A BLAS
     # with threads of its own lets in one at a time, and calibrating takes half as long again.
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_threads()) as pool:
+    limit = _blas().limit(limits=1, user_api="blas")
+    with _ONE_BLAS_THREAD, limit, ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(lambda at: store(at, min(at + step, rows)), range(0, rows, step)):
             pass
 
