@@ -9,7 +9,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.cli.command import Command
-from edge_llm.cli.layout import Progress, megabytes, table, write
+from edge_llm.cli.layout import Progress, describe_mix, megabytes, table, write
 from edge_llm.cli.options import add_variant_flag
 from edge_llm.errors import ArgumentError
 
@@ -189,13 +189,14 @@ def _describe_model(bundle: Bundle) -> str:
         "quality": quality or "not measured",
         "made by": [f"{name} {version}" for name, version in manifest.producer.items()],
         "format": f"{manifest.format}, for onnxruntime {manifest.min_onnxruntime} or later",
-        **manifest.info,
+        **{name: value for name, value in manifest.info.items() if name != "mix"},
     }
     if bundle.foreign:
         rows["format"] = "not a bundle: opened as it is"
     if bundle.variants:
         rows["variants"] = ", ".join(bundle.variants)
-    return f"{manifest.name}\n{_pairs(rows)}"
+    trade = f"\n{describe_mix(manifest.info['mix'])}" if "mix" in manifest.info else ""
+    return f"{manifest.name}\n{_pairs(rows)}{trade}"
 
 
 def _describe_quantization(manifest: Manifest) -> str:
@@ -220,7 +221,8 @@ def _describe_quality(one: Quality) -> str:
     error = "" if one.standard_error is None else f" ± {one.standard_error:.2g}"
     data = one.data if one.window is None else f"{one.data} in windows of {one.window} tokens"
     reference = "float32 cache" if one.metric.startswith(CACHE_METRIC) else "float32"
-    return f"{one.metric} on {data}: {one.value:g}{error} ({reference}: {one.reference:g})"
+    digest = "" if one.sha256 is None else f", SHA-256 {one.sha256[:12]}"
+    return f"{one.metric} on {data}{digest}: {one.value:g}{error} ({reference}: {one.reference:g})"
 
 
 def _told(size: int | None) -> str:
@@ -252,6 +254,8 @@ def _pairs(rows: dict[str, Any]) -> str:
     """Names and values in two columns; a list of values goes on one line."""
     lines = []
     for name, value in rows.items():
+        if isinstance(value, dict):
+            value = [f"{key.replace('_', ' ')} {one}" for key, one in value.items()]
         shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
         lines.append(f"  {name.replace('_', ' '):<16} {shown}")
     return "\n".join(lines)

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_llm.errors import EdgeLLMError
 
@@ -23,6 +23,7 @@ __all__ = [
     "Progress",
     "checked",
     "describe",
+    "describe_mix",
     "explain",
     "megabytes",
     "notice",
@@ -132,10 +133,42 @@ def report_bundle(folder: Path, manifest: Manifest, *, as_json: bool) -> None:
         document = {"path": str(folder), "size": size, "manifest": dataclasses.asdict(manifest)}
         write(json.dumps(document) + "\n")
     else:
+        trade = f"{describe_mix(manifest.info['mix'])}\n" if "mix" in manifest.info else ""
         write(
-            f"Wrote {folder} ({megabytes(size)}). Run it with: "
+            f"{trade}Wrote {folder} ({megabytes(size)}). Run it with: "
             f"edge-llm run -m {shlex.quote(str(folder))} PROMPT\n"
         )
+
+
+def describe_mix(mix: Any) -> str:
+    """What was weighed against what, of a bundle whose matrices were chosen by measurement.
+
+    Args:
+        mix: The manifest's ``info["mix"]``. No format binds it, so that what is not as this
+            version's exporter writes it is shown as it is.
+    """
+    try:
+        return _mix_table(mix)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"mix: {mix}"
+
+
+def _mix_table(mix: Mapping[str, Any]) -> str:
+    chosen = mix["measured"]
+    rows = [("mixes that were measured", "MB", "KL divergence", "perplexity", "top-1")]
+    for one in sorted([*mix["tried"], chosen], key=lambda trial: -int(trial["size"])):
+        name = f"taken: {mix['bits_per_weight']:.2f} bits a weight" if one is chosen else ""
+        rows.append(
+            (
+                name,
+                f"{one['size'] / 1e6:.2f}",
+                f"{one['kl_divergence']:.5f}",
+                f"{one['ppl_increase']:+.2%}",
+                f"{one['top1_agreement']:.1%}",
+            )
+        )
+    ((limit, value),) = mix["budget"].items()
+    return f"{table(rows)}\n(budget: {limit.replace('_', ' ')} {value:,})"
 
 
 def describe(usage: Usage, timings: Timings, reason: FinishReason) -> str:

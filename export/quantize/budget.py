@@ -198,7 +198,7 @@ def _check_reach(budget: Budget, top: Trial) -> None:
 def _rounded_up(value: float) -> str:
     """Three digits of what is no less."""
     context = decimal.Context(prec=3, rounding=decimal.ROUND_CEILING)
-    return f"{float(context.create_decimal_from_float(value)):g}"
+    return f"{float(context.create_decimal(repr(value))):g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {"num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 2},
     "phi3": {"num_hidden_layers": 2, "num_key_value_heads": 8},
+    "olmo2": {"num_hidden_layers": 2},  # no norm in front of attention
     "qwen3": {"head_dim": 16, "num_hidden_layers": 2, "tie_word_embeddings": True},
 }
 

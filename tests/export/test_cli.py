@@ -141,7 +141,9 @@ def test_interrupt_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["onnx", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"])
+@pytest.mark.parametrize(
+    "module", ["onnx", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes", "threadpoolctl"]
+)
 def test_missing_dependency_names_the_extra(module: str, tmp_path: Path) -> None:
     code = """
 import sys

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from edge_llm_export import Calibration, export_model
 from edge_llm_export.quantize.text import ROWS
@@ -16,10 +19,12 @@ from edge_llm_export.quantize.text import ROWS
 CALIBRATION = Calibration(samples=ROWS + 2, tokens=24, seed=3)
 
 # The report, counted within its phase, in which each child is killed; the last one comes through.
-KILLS = [
-    *(("writing", 3), ("drawing", 9), ("drawing", 30), ("drawing", 1)),
-    *(("calibrating", 1), ("calibrating", 3), ("writing", 7), ("verifying", 1), ("verifying", 2)),
-]
+ENDS = [("calibrating", 1), ("calibrating", 3), ("writing", 7), ("verifying", 1), ("verifying", 2)]
+KILLS = {
+    "gptq": [("writing", 3), ("drawing", 9), ("drawing", 30), ("drawing", 1), *ENDS],
+    "auto": [("drawing", 9), ("trying storages", 2), ("measuring mixes", 2), *ENDS],
+}
+OPTIONS: dict[str, dict[str, Any]] = {"gptq": {"method": "gptq"}, "auto": {"quantize": "auto"}}
 
 # SIGKILL lets nobody clean up. The parent imports once and starts no thread: its forks are whole.
 PARENT = """
@@ -27,7 +32,7 @@ import json, os, signal, sys
 from edge_llm_export import Calibration, export_model
 import edge_llm_export.pipeline
 
-checkpoint, output, work, calibration, kills = sys.argv[1:]
+checkpoint, output, work, calibration, options, kills = sys.argv[1:]
 
 def export(phase, left):
     def report(current, done, total):
@@ -37,8 +42,9 @@ def export(phase, left):
             os.kill(os.getpid(), signal.SIGKILL)
 
     export_model(
-        checkpoint, output, method="gptq", work_dir=work, overwrite=True,
+        checkpoint, output, work_dir=work, overwrite=True,
         calibration=Calibration(**json.loads(calibration)), progress=report,
+        **json.loads(options),
     )
 
 for phase, number in [*json.loads(kills), ("no such phase", 1)]:
@@ -50,11 +56,12 @@ for phase, number in [*json.loads(kills), ("no such phase", 1)]:
 """
 
 
+@pytest.mark.parametrize("way", KILLS)
 def test_a_killed_export_goes_on_and_writes_the_same_bytes(
-    tiny_checkpoint: Path, tmp_path: Path
+    way: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folders = [tiny_checkpoint, tmp_path / "killed", tmp_path / "work"]
-    options = [json.dumps(asdict(CALIBRATION)), json.dumps(KILLS)]
+    options = [*map(json.dumps, (asdict(CALIBRATION), OPTIONS[way], KILLS[way]))]
     done = subprocess.run(
         [sys.executable, "-c", PARENT, *map(str, folders), *options],
         capture_output=True,
@@ -62,11 +69,11 @@ def test_a_killed_export_goes_on_and_writes_the_same_bytes(
         timeout=300,
         check=True,
     )
-    expected = [f"{phase} {number} {-signal.SIGKILL}" for phase, number in KILLS]
+    expected = [f"{phase} {number} {-signal.SIGKILL}" for phase, number in KILLS[way]]
     assert done.stdout.splitlines() == [*expected, "no such phase 1 0"], done.stderr
-    export_model(tiny_checkpoint, tmp_path / "whole", method="gptq", calibration=CALIBRATION)
-    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    whole = tmp_path / "whole"
+    export_model(tiny_checkpoint, whole, calibration=CALIBRATION, **OPTIONS[way])
+    names = sorted(file.name for file in whole.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "killed").iterdir())
     for name in names:
-        whole, killed = ((tmp_path / way / name).read_bytes() for way in ("whole", "killed"))
-        assert whole == killed, name
+        assert (whole / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from edge_llm import LLM
 from edge_llm.bundle import Bundle
+from edge_llm.cli.layout import report_bundle
+from edge_llm.cli.main import main
 from edge_llm.errors import ArgumentError
 from edge_llm_export import Calibration, export_model
+from edge_llm_export.mixer import RESERVE
 from edge_llm_export.quantize.alternatives import token_weights
 from edge_llm_export.quantize.budget import Budget, Trial, find_mix, parse_size
 from edge_llm_export.quantize.mixing import Ladder, Mix, Option, best, cheapest, rescaled
@@ -188,7 +191,7 @@ def test_frequent_tokens_weigh_more() -> None:
         ({"quantize": "int4", "vocabulary": "int2"}, "vocabulary"),
         ({"max_kld": 0.1, "max_ppl_increase": 0.1}, "budget"),
         ({"max_kld": -1.0}, "max_kld"),
-        ({"max_size": 1000}, "max_size must be at least"),
+        ({"max_size": 1000}, "max_size must be more than"),
     ],
 )
 def test_what_contradicts_itself(
@@ -208,9 +211,40 @@ def test_auto_tells_what_it_did(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     size = sum(path.stat().st_size for path in (tmp_path / "bundle").rglob("*") if path.is_file())
     # The trial had no account of the search in its manifest.
-    assert 0 <= size - mix["measured"]["size"] < 20_000
+    assert 0 <= size - mix["measured"]["size"] < RESERVE
     with LLM(tmp_path / "bundle") as llm:
         assert llm.generate([1, 5, 9], max_tokens=4).usage.completion_tokens == 4
+
+
+def test_rows_that_fill_no_whole_blocks_have_a_default_too(
+    make_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_llama(tmp_path / "checkpoint", hidden_size=96, intermediate_size=96, num_hidden_layers=1)
+    manifest = export_model(tmp_path / "checkpoint", tmp_path / "bundle", calibration=SMALL)
+    mix = manifest.info["mix"]
+    assert mix["bits_per_weight"] > mix["budget"]["max_bits"]
+    report_bundle(tmp_path / "bundle", manifest, as_json=False)
+    out = capsys.readouterr().out
+    assert f"taken: {mix['bits_per_weight']:.2f} bits a weight" in out
+    assert out.count("%") == 2 * (1 + len(mix["tried"]))
+    assert main(["info", str(tmp_path / "bundle")]) == 0
+    assert "taken: " in capsys.readouterr().out
+
+
+def test_a_folder_keeps_to_its_size_whatever_its_cache(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for kv_cache in ("fp32", "int8"):
+        options: dict[str, Any] = {"calibration": SMALL, "kv_cache": kv_cache}
+        auto = export_model(tiny_checkpoint, tmp_path / f"auto {kv_cache}", **options)
+        limit = auto.info["mix"]["measured"]["size"] + RESERVE
+        folder = tmp_path / kv_cache
+        manifest = export_model(tiny_checkpoint, folder, max_size=limit, **options)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= limit
+        losses.append(manifest.info["mix"]["measured"]["kl_divergence"])
+    assert losses[0] != losses[1]  # the trials had the cache that the bundle has
 
 
 def test_a_budget_is_met_on_a_real_model(shared: Path, tmp_path: Path) -> None:
