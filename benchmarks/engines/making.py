@@ -35,6 +35,9 @@ def recipe(engine: str, arguments: str) -> Recipe:
 class ModelFolder:
     """Makes models of a checkpoint, each where it is not there yet.
 
+    What is there is taken for what would be made: a folder is for one checkpoint and one version of
+    the programs that make them.
+
     Args:
         checkpoint: A Hugging Face folder.
         folder: Where they lie.

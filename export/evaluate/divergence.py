@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ class Reference:
         with LLM(bundle, context=windows.shape[1]) as llm:
             shape = len(windows), judged, llm.manifest.dims.vocab
             logits = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+            if hasattr(os, "posix_fallocate"):  # on a full disk a hole would end the process
+                with file.open("r+b") as stream:
+                    os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
             for row, tokens in zip(logits, windows, strict=True):
                 for part, found in _pieces(llm, tokens, judged):
                     row[part] = found

@@ -81,8 +81,8 @@ def read_windows(
             both kinds have their share of those that it has.
 
     Returns:
-        int64 [windows, tokens] both, BOS in front where a prompt starts with it; no window is in
-        both, not even as a repeated passage of the text.
+        int64 [windows, tokens] both, BOS in front where a prompt starts with it; they do not
+        overlap, and no window of one kind is equal to one of the other.
 
     Raises:
         ArgumentError: The file cannot be read, or is too short or too repetitive.
