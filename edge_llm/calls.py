@@ -100,16 +100,19 @@ class Calls:
         """Answer many prompts together, however many there are.
 
         As many as there are slots are computed at a time, and few more are read ahead: an endless
-        iterator takes no more memory than a short list. Closing the iterator of results ends what
-        is under way.
+        iterator takes no more memory than a list of some hundreds. It is read on a thread of its
+        own, so that it may wait: for other programs, or for the results of the prompts before.
+        Closing the iterator of results ends what is under way.
 
         Args:
             prompts: Text, tokens or lists of messages, in any mixture; a
                 :class:`~edge_llm.batching.BatchItem` is one of them with options of its own.
-            ordered: Give the results in the order of the prompts; False gives each as it comes.
+            ordered: Give the results in the order of the prompts; up to 64 for each slot wait for
+                one before them that takes longer. False gives each as it comes.
             errors: "raise" ends the batch with the first error, in its prompt's place; "return"
                 gives errors of edge_llm as results.
-            on_progress: Called with the number of prompts that are answered.
+            on_progress: Called with the number of results so far, errors included, whenever there
+                is one more; what it raises ends the batch.
             options: Of all answers; see :class:`ChatOptions`. ``timeout`` counts from the moment
                 when a prompt is read ahead.
         """
