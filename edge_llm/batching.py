@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from edge_llm.engine.generation import Generation
+from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.job import POLL_SECONDS
 from edge_llm.errors import ArgumentError, EdgeLLMError, QueueFullError
 from edge_llm.options import ChatOptions
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_llm.engine.scheduler import Engine
     from edge_llm.model import Prompt
 
-__all__ = ["BatchItem", "BatchResult", "Errors", "answer_all", "is_conversation"]
+__all__ = ["BatchItem", "BatchResult", "Errors", "OnPrompt", "answer_all", "is_conversation"]
 
 Errors = Literal["raise", "return"]
 
@@ -73,8 +73,11 @@ class BatchResult:
         return self.completion.text
 
 
-Make = Callable[[], Generation]
-"""Makes the job of a request; raises what is wrong with it."""
+OnPrompt = Callable[[int, int], object]
+
+Make = Callable[[], tuple[Generation, OnPrompt | None]]
+"""Makes the job of a request, and says who wants to know how far its prompt is; raises what is
+wrong with it."""
 
 
 def answer_all(
@@ -102,6 +105,35 @@ def answer_all(
     return _Batch(engine, requests, slots, errors, on_progress).run(ordered)
 
 
+@dataclass(slots=True)
+class _Request:
+    """A request that was made.
+
+    Attributes:
+        generation: Its job.
+        on_prompt: Called with how far its prompt is.
+        results: What the job puts.
+        answer: The last of them, once it is there.
+    """
+
+    generation: Generation
+    on_prompt: OnPrompt | None
+    results: Iterator[object] = field(init=False)
+    answer: Completion | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.results = self.generation.results(lambda: None)
+
+    def take(self, result: object) -> None:
+        """Take one of the results."""
+        if not isinstance(result, PromptProgress):
+            chunk = self.generation.chunk(result)
+            assert chunk is not None
+            self.answer = Completion.of(chunk)
+        elif self.on_prompt is not None:
+            self.on_prompt(result.done, result.total)
+
+
 class _Batch:
     """A window over the requests: what is in the engine's hands, and what came too early."""
 
@@ -120,9 +152,9 @@ class _Batch:
         # Who has news: the index of a request, or None for the source.
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._source = _Source(requests, slots, partial(self._news.put, None))
-        self._running: dict[int, Generation] = {}
+        self._running: dict[int, _Request] = {}
         self._early: dict[int, BatchResult] = {}
-        self._held: Generation | None = None  # the queue was full
+        self._held: _Request | None = None  # the queue was full
         self._made = self._done = 0
 
     def run(self, ordered: bool) -> Iterator[BatchResult]:
@@ -147,8 +179,8 @@ class _Batch:
                 raise self._source.error
         finally:
             self._source.close()
-            for generation in self._running.values():
-                self._engine.abandon(generation)
+            for request in self._running.values():
+                self._engine.abandon(request.generation)
 
     def _fill(self) -> None:
         """Submit requests as long as there are any, and room."""
@@ -160,14 +192,14 @@ class _Batch:
                 if (make := self._source.take()) is None:
                     return
                 try:
-                    self._held = make()
+                    self._held = _Request(*make())
                 except EdgeLLMError as error:
                     self._end(self._made, BatchResult(self._made, error=error))
                     self._made += 1
                     continue
-            self._held.notify = partial(self._news.put, self._made)
+            self._held.generation.notify = partial(self._news.put, self._made)
             try:
-                self._engine.submit(self._held)
+                self._engine.submit(self._held.generation)
             except QueueFullError:
                 return  # others fill it; some time later there is room
             self._running[self._made] = self._held
@@ -180,15 +212,24 @@ class _Batch:
             index = self._news.get(timeout=POLL_SECONDS)
         except queue.Empty:
             for one in self._running.values():
-                if one.ended():
-                    self._engine.interrupt(one)
+                if one.generation.ended():
+                    self._engine.interrupt(one.generation)
             return
-        # Each puts twice: its answer, and that there is no more.
-        generation = None if index is None else self._running.get(index)
-        if index is None or generation is None or not generation.finished:
+        if index is not None:
+            self._take(index)
+
+    def _take(self, index: int) -> None:
+        """Take what a request has news of, one thing each time."""
+        request, error = self._running[index], None
+        try:
+            result = next(request.results, None)
+        except EdgeLLMError as failure:
+            result, error = None, failure
+        if result is not None:
+            request.take(result)
             return
         del self._running[index]
-        self._end(index, _result(index, generation))
+        self._end(index, BatchResult(index, None if error else request.answer, error))
 
     def _end(self, index: int, result: BatchResult) -> None:
         """A request has its result."""
@@ -255,17 +296,6 @@ class _Source:
     def _put(self, make: Make | None) -> None:
         self._ready.put(make)
         self._came()
-
-
-def _result(index: int, generation: Generation) -> BatchResult:
-    """What a generation that has ended gives."""
-    try:
-        (result,) = generation.results(lambda: None)
-    except EdgeLLMError as error:
-        return BatchResult(index, error=error)
-    chunk = generation.chunk(result)
-    assert chunk is not None
-    return BatchResult(index, Completion.of(chunk))
 
 
 def is_conversation(prompt: object) -> bool:

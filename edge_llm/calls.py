@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.batching import BatchItem, BatchResult, Errors, answer_all, is_conversation
+from edge_llm.batching import (
+    BatchItem,
+    BatchResult,
+    Errors,
+    OnPrompt,
+    answer_all,
+    is_conversation,
+)
 from edge_llm.engine.generation import Generation
 from edge_llm.errors import EdgeLLMError
 from edge_llm.options import ChatOptions, GenerateOptions, integer
@@ -143,7 +150,7 @@ class Calls:
         assert count is not None
         seed = integer("seed", options.get("seed"), 0)
 
-        def make(i: int) -> Generation:
+        def make(i: int) -> tuple[Generation, OnPrompt | None]:
             own: ChatOptions = options if seed is None else {**options, "seed": seed + i}
             return self._batched(prompt, own)
 
@@ -214,8 +221,8 @@ class Calls:
 
     def _batched(
         self, prompt: Prompt | Sequence[Message] | BatchItem, options: ChatOptions
-    ) -> Generation:
-        """The job of one prompt of many."""
+    ) -> tuple[Generation, OnPrompt | None]:
+        """The job of one prompt of many, and who is told of the prompt's progress."""
         if isinstance(prompt, BatchItem):
             if isinstance(prompt.prompt, EdgeLLMError):
                 raise prompt.prompt
@@ -226,7 +233,8 @@ class Calls:
         else:
             tokens = self._model.prompt_tokens(cast("Prompt", prompt))
             answering = cast("GenerateOptions", options)
-        return self._model.generation(tokens, answering, stream=False)
+        generation = self._model.generation(tokens, answering, stream=False)
+        return generation, answering.get("on_prompt")
 
     def _chat(
         self, messages: Sequence[Message], options: ChatOptions

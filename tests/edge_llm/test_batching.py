@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -151,6 +152,29 @@ def until(met: Callable[[], bool]) -> None:
     while not met():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_progress_within_prompts(tiny_bundle: Path) -> None:
+    prompts = [[66] * 20, [65] * 40]
+    told: dict[int, list[int]] = {20: [], 40: []}
+    threads = set()
+
+    def tell(done: int, total: int) -> None:
+        told[total].append(done)
+        threads.add(threading.current_thread())
+
+    with LLM(tiny_bundle, slots=3, prefill_chunk=16) as llm:
+        items: list[Any] = [*prompts, BatchItem("a", {"on_prompt": None})]
+        assert len(list(llm.batch(items, on_prompt=tell, **GREEDY))) == 3
+        assert told == {20: [0, 16], 40: [0, 16, 32]}
+        assert len(llm.samples([67] * 20, 2, on_prompt=tell, **GREEDY)) == 2
+        assert len(told[20]) > 3
+        assert threads == {threading.current_thread()}, "as for generate"
+        for error in (ZeroDivisionError(), DeadlineError("mine")):
+            failing = Mock(side_effect=error)
+            with pytest.raises(type(error)):
+                next(llm.batch([prompts[0]], errors="return", on_prompt=failing))
+            until_idle(llm)
 
 
 def test_progress_counts_every_result(llm: LLM) -> None:
