@@ -108,3 +108,31 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert all(cell["decode"] > 0 and cell["all"] > 0 for cell in widths.values())
     assert measured["slots"]["slots"] == 2
     assert measured["slots"]["ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "distribution", "packages"),
+    [
+        ("llama.cpp", "llama-cpp-python", ["llama_cpp", "gguf"]),
+        ("onnxruntime-genai", "onnxruntime-genai", ["onnxruntime_genai", "onnx_ir"]),
+    ],
+)
+def test_a_peer(
+    engine: str,
+    distribution: str,
+    packages: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    options = ["--rounds", "1", "--max-tokens", "8", "--threads", "1", "--work", str(tmp_path)]
+    rows = ["--rows", "widths", "--widths", "1", "3"]
+    main(["--shapes", "tiny", "--engines", engine, *rows, *options])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cells = document["shapes"]["tiny"]["engines"][engine]
+    assert list(cells) == ["1", "3"]
+    for cell in cells.values():
+        assert cell["all"] > 0 < cell["decode"]
+        assert len(cell["gaps"]) == 2
+    assert distribution in document["versions"]
