@@ -7,7 +7,8 @@ weights, the same threads, by turns, each time in a process of its own; nothing 
 
 - all: tokens of all answers per second, from asking to the end, prompts included.
 - decode: tokens per second while all requests get them.
-- first, gap: milliseconds to a request's first token and between two of its tokens, p50 / p95.
+- first, gap: milliseconds to a request's first token and between two of its tokens, p50 / p95;
+  answers of ``LLM.batch`` come whole, without gaps.
 
 Two more rows are edge_llm's own: a single stream where there are 16 slots against one where there
 is one (``slots``), and what a prompt of 1,000 tokens does to 8 running streams (``newcomer``). A
@@ -62,12 +63,12 @@ Run = dict[str, Any]
 """What a process prints."""
 
 
-def measure(engine: str, path: Path, load: Workload, *flags: str) -> Run:
-    """Run one engine in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.engines.together", engine, str(path.resolve())]
+def measure(program: str, *arguments: str | Path, load: Workload) -> Run:
+    """Run a program of ``benchmarks.engines`` in a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.engines.{program}", *map(str, arguments)]
     asked = json.dumps(dataclasses.asdict(load))
     done = subprocess.run(
-        [*command, asked, *flags], stdout=subprocess.PIPE, check=True, cwd=ROOT, text=True
+        [*command, asked], stdout=subprocess.PIPE, check=True, cwd=ROOT, text=True
     )
     found: Run = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -91,7 +92,8 @@ def compare(
     """Medians of each engine's figures, by width, and edge_llm's ratios to it."""
 
     def one(name: str, round_: int) -> Run:
-        return measure(name, paths[name], dataclasses.replace(load, seed=round_))
+        own = dataclasses.replace(load, seed=round_)
+        return measure("together", name, paths[name].resolve(), load=own)
 
     runs = by_turns(list(paths), one, rounds)
     return {
@@ -115,7 +117,10 @@ def figures(runs: Mapping[str, list[Run]], engine: str, width: str) -> dict[str,
                 a[width][name] / b[name] for a, b in zip(runs[OWN], own, strict=True)
             )
     for name in ("first", "gaps"):
-        cell[name] = [statistics.median(run[name][i] for run in own) for i in range(2)]
+        known = all(run[name] is not None for run in own)
+        cell[name] = (
+            [statistics.median(run[name][i] for run in own) for i in range(2)] if known else None
+        )
     return cell
 
 
@@ -129,7 +134,10 @@ def show(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 parts += [f"{cell[name]:.0f}", f"{cell[f'{name}_gain']:.2f}"]
                 ratio = cell.get(f"{name}_ratio")
                 parts.append("" if ratio is None or engine == OWN else f"{ratio:.2f}")
-            waits = [" / ".join(f"{1e3 * s:.0f}" for s in cell[name]) for name in ("first", "gaps")]
+            waits = [
+                " / ".join(f"{1e3 * seconds:.0f}" for seconds in cell[name] or ())
+                for name in ("first", "gaps")
+            ]
             rows.append((f"{engine}, {width}", *parts, *waits))  # type: ignore[arg-type]
     return table(rows)
 
@@ -140,7 +148,7 @@ def slots(path: Path, load: Workload, rounds: int) -> dict[str, float]:
 
     def one(name: str, round_: int) -> Run:
         own = dataclasses.replace(single, slots=int(name), seed=round_)
-        found: Run = measure(OWN, path, own)["1"]
+        found: Run = measure("together", OWN, path.resolve(), load=own)["1"]
         return found
 
     runs = by_turns([str(load.slots), "1"], one, rounds)
@@ -157,7 +165,12 @@ def newcomer(path: Path, load: Workload, rounds: int) -> dict[str, float]:
     """The median round of what a long prompt does to running streams."""
     own = dataclasses.replace(load, widths=(STREAMS,), slots=STREAMS + 1, max_tokens=STREAM_TOKENS)
     runs = [
-        measure(OWN, path, dataclasses.replace(own, seed=round_), "--newcomer", str(NEWCOMER))
+        measure(
+            "newcomer",
+            path.resolve(),
+            str(NEWCOMER),
+            load=dataclasses.replace(own, seed=round_),
+        )
         for round_ in range(rounds)
     ]
     found = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

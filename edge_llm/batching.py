@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import queue
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from edge_llm.engine.generation import Generation
+from edge_llm.engine.generation import Generation, PromptProgress
 from edge_llm.engine.job import POLL_SECONDS
 from edge_llm.errors import ArgumentError, EdgeLLMError, QueueFullError
 from edge_llm.options import ChatOptions
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from edge_llm.engine.scheduler import Engine
     from edge_llm.model import Prompt
 
-__all__ = ["BatchItem", "BatchResult", "Errors", "answer_all", "is_conversation"]
+__all__ = ["BatchItem", "BatchResult", "Errors", "OnPrompt", "answer_all", "is_conversation"]
 
 Errors = Literal["raise", "return"]
 
 # Requests in the engine's hands, for each slot: the next one stands ready when one ends.
 AHEAD = 2
+
+# Results that wait for an earlier one, for each slot: the slots go on beside a long answer until
+# there are so many.
+EARLY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,16 @@ class BatchResult:
         return self.completion.text
 
 
+OnPrompt = Callable[[int, int], object]
+
+Make = Callable[[], tuple[Generation, OnPrompt | None]]
+"""Makes the job of a request, and says who wants to know how far its prompt is; raises what is
+wrong with it."""
+
+
 def answer_all(
     engine: Engine,
-    requests: Iterable[Callable[[], Generation]],
+    requests: Iterable[Make],
     *,
     slots: int,
     ordered: bool,
@@ -82,7 +93,8 @@ def answer_all(
 
     Args:
         engine: The engine.
-        requests: Each makes a job; it may raise what is wrong with the request.
+        requests: Read on a thread of its own, for it may wait for whoever gets the results. What
+            reading raises is raised behind the results of what was read before.
         slots: Requests that the engine computes together.
         ordered: Give results in the order of the requests, rather than as they come.
         errors: "raise" ends everything with the first error; "return" gives it as a result.
@@ -90,7 +102,36 @@ def answer_all(
     """
     if errors not in ("raise", "return"):
         raise ArgumentError("errors", "'raise' or 'return'", errors)
-    return _Batch(engine, requests, slots * AHEAD, errors).run(ordered, on_progress)
+    return _Batch(engine, requests, slots, errors, on_progress).run(ordered)
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that was made.
+
+    Attributes:
+        generation: Its job.
+        on_prompt: Called with how far its prompt is.
+        results: What the job puts.
+        answer: The last of them, once it is there.
+    """
+
+    generation: Generation
+    on_prompt: OnPrompt | None
+    results: Iterator[object] = field(init=False)
+    answer: Completion | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.results = self.generation.results(lambda: None)
+
+    def take(self, result: object) -> None:
+        """Take one of the results."""
+        if not isinstance(result, PromptProgress):
+            chunk = self.generation.chunk(result)
+            assert chunk is not None
+            self.answer = Completion.of(chunk)
+        elif self.on_prompt is not None:
+            self.on_prompt(result.done, result.total)
 
 
 class _Batch:
@@ -99,26 +140,28 @@ class _Batch:
     def __init__(
         self,
         engine: Engine,
-        requests: Iterable[Callable[[], Generation]],
-        width: int,
+        requests: Iterable[Make],
+        slots: int,
         errors: Errors,
+        on_progress: Callable[[int], object] | None,
     ) -> None:
         self._engine = engine
-        self._requests = enumerate(requests)
-        self._width = width
         self._errors = errors
-        self._running: dict[int, Generation] = {}
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._on_progress = on_progress
+        self._most_running, self._most = slots * AHEAD, slots * (AHEAD + EARLY)
+        # Who has news: the index of a request, or None for the source.
+        self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._source = _Source(requests, slots, partial(self._news.put, None))
+        self._running: dict[int, _Request] = {}
         self._early: dict[int, BatchResult] = {}
-        self._held: tuple[int, Generation] | None = None  # the queue was full
-        self._more = True
+        self._held: _Request | None = None  # the queue was full
+        self._made = self._done = 0
 
-    def run(
-        self, ordered: bool, on_progress: Callable[[int], object] | None
-    ) -> Iterator[BatchResult]:
+    def run(self, ordered: bool) -> Iterator[BatchResult]:
         """Give the results."""
-        given = done = 0
+        given = 0
         try:
+            self._source.start()
             while True:
                 self._fill()
                 while self._early and (given in self._early or not ordered):
@@ -129,73 +172,130 @@ class _Batch:
                     given += 1
                     yield result
                     self._fill()
-                if not self._running and not self._more and self._held is None:
-                    return
-                done += self._wait()
-                if on_progress is not None:
-                    on_progress(done)
+                if not self._running and self._held is None and self._source.ended:
+                    break
+                self._wait()
+            if self._source.error is not None:
+                raise self._source.error
         finally:
-            for generation in self._running.values():
-                self._engine.abandon(generation)
+            self._source.close()
+            for request in self._running.values():
+                self._engine.abandon(request.generation)
 
     def _fill(self) -> None:
-        """Submit requests as long as there is room."""
-        while len(self._running) + len(self._early) < self._width:
-            if self._held is None and not self._next():
-                return
+        """Submit requests as long as there are any, and room."""
+        while (
+            len(self._running) < self._most_running
+            and len(self._running) + len(self._early) < self._most
+        ):
             if self._held is None:
-                continue
-            index, generation = self._held
-            generation.notify = partial(self._ended.put, index)
+                if (make := self._source.take()) is None:
+                    return
+                try:
+                    self._held = _Request(*make())
+                except EdgeLLMError as error:
+                    self._end(self._made, BatchResult(self._made, error=error))
+                    self._made += 1
+                    continue
+            self._held.generation.notify = partial(self._news.put, self._made)
             try:
-                self._engine.submit(generation)
+                self._engine.submit(self._held.generation)
             except QueueFullError:
                 return  # others fill it; some time later there is room
-            self._running[index] = generation
+            self._running[self._made] = self._held
+            self._made += 1
             self._held = None
 
-    def _next(self) -> bool:
-        """Make the next request; False where there is none."""
-        index, make = next(self._requests, (0, None)) if self._more else (0, None)
-        if make is None:
-            self._more = False
-            return False
+    def _wait(self) -> None:
+        """Wait for news, for a while."""
         try:
-            self._held = index, make()
-        except EdgeLLMError as error:
-            self._early[index] = BatchResult(index, error=error)
-        return True
-
-    def _wait(self) -> int:
-        """Wait for news from the engine; gives how many requests have ended."""
-        if not self._running:
-            time.sleep(POLL_SECONDS)
-            return 0
-        try:
-            index = self._ended.get(timeout=POLL_SECONDS)
+            index = self._news.get(timeout=POLL_SECONDS)
         except queue.Empty:
             for one in self._running.values():
-                if one.ended():
-                    self._engine.interrupt(one)
-            return 0
-        # Each puts twice: its answer, and that there is no more.
-        generation = self._running.get(index)
-        if generation is None or not generation.finished:
-            return 0
+                if one.generation.ended():
+                    self._engine.interrupt(one.generation)
+            return
+        if index is not None:
+            self._take(index)
+
+    def _take(self, index: int) -> None:
+        """Take what a request has news of, one thing each time."""
+        request, error = self._running[index], None
+        try:
+            result = next(request.results, None)
+        except EdgeLLMError as failure:
+            result, error = None, failure
+        if result is not None:
+            request.take(result)
+            return
         del self._running[index]
-        self._early[index] = _result(index, generation)
-        return 1
+        self._end(index, BatchResult(index, None if error else request.answer, error))
+
+    def _end(self, index: int, result: BatchResult) -> None:
+        """A request has its result."""
+        self._early[index] = result
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done)
 
 
-def _result(index: int, generation: Generation) -> BatchResult:
-    """What a generation that has ended gives."""
-    try:
-        (result,) = generation.results(lambda: None)
-    except EdgeLLMError as error:
-        return BatchResult(index, error=error)
-    chunk = generation.chunk(result)
-    assert chunk is not None
-    return BatchResult(index, Completion.of(chunk))
+class _Source:
+    """Reads an iterator on a thread of its own, a few items ahead of whoever takes them.
+
+    So an iterator that blocks holds up nothing but what comes from it. The thread ends with the
+    iterator, or behind the next item once nobody wants one; a daemon, for that may never come.
+
+    Args:
+        requests: The iterator.
+        ahead: Most items that are read and not taken.
+        came: Called, on the thread, when there is an item or the end.
+
+    Attributes:
+        ended: Whether all was taken.
+        error: What ended the iterator, if it was no proper end.
+    """
+
+    def __init__(self, requests: Iterable[Make], ahead: int, came: Callable[[], object]) -> None:
+        self.ended = False
+        self.error: BaseException | None = None
+        self._requests = requests
+        self._came = came
+        self._closed = False
+        self._room = threading.Semaphore(ahead - 1)  # beside the one that is being read
+        self._ready: queue.SimpleQueue[Make | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="edge_llm-batch", daemon=True).start()
+
+    def take(self) -> Make | None:
+        """The next item, if it is there."""
+        if self.ended or self._ready.empty():
+            return None
+        make = self._ready.get()
+        self.ended = make is None
+        self._room.release()
+        return make
+
+    def close(self) -> None:
+        """Nobody takes any more."""
+        self._closed = True
+        self._room.release()
+
+    def _read(self) -> None:
+        try:
+            for make in self._requests:
+                self._put(make)
+                self._room.acquire()
+                if self._closed:
+                    return
+        except BaseException as error:
+            self.error = error
+        self._put(None)
+
+    def _put(self, make: Make | None) -> None:
+        self._ready.put(make)
+        self._came()
 
 
 def is_conversation(prompt: object) -> bool:

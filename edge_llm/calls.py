@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.batching import BatchItem, BatchResult, Errors, answer_all, is_conversation
+from edge_llm.batching import (
+    BatchItem,
+    BatchResult,
+    Errors,
+    OnPrompt,
+    answer_all,
+    is_conversation,
+)
 from edge_llm.engine.generation import Generation
 from edge_llm.errors import EdgeLLMError
 from edge_llm.options import ChatOptions, GenerateOptions, integer
@@ -100,16 +107,19 @@ class Calls:
         """Answer many prompts together, however many there are.
 
         As many as there are slots are computed at a time, and few more are read ahead: an endless
-        iterator takes no more memory than a short list. Closing the iterator of results ends what
-        is under way.
+        iterator takes no more memory than a list of some hundreds. It is read on a thread of its
+        own, so that it may wait: for other programs, or for the results of the prompts before.
+        Closing the iterator of results ends what is under way.
 
         Args:
             prompts: Text, tokens or lists of messages, in any mixture; a
                 :class:`~edge_llm.batching.BatchItem` is one of them with options of its own.
-            ordered: Give the results in the order of the prompts; False gives each as it comes.
+            ordered: Give the results in the order of the prompts; up to 64 for each slot wait for
+                one before them that takes longer. False gives each as it comes.
             errors: "raise" ends the batch with the first error, in its prompt's place; "return"
                 gives errors of edge_llm as results.
-            on_progress: Called with the number of prompts that are answered.
+            on_progress: Called with the number of results so far, errors included, whenever there
+                is one more; what it raises ends the batch.
             options: Of all answers; see :class:`ChatOptions`. ``timeout`` counts from the moment
                 when a prompt is read ahead.
         """
@@ -140,7 +150,7 @@ class Calls:
         assert count is not None
         seed = integer("seed", options.get("seed"), 0)
 
-        def make(i: int) -> Generation:
+        def make(i: int) -> tuple[Generation, OnPrompt | None]:
             own: ChatOptions = options if seed is None else {**options, "seed": seed + i}
             return self._batched(prompt, own)
 
@@ -211,8 +221,8 @@ class Calls:
 
     def _batched(
         self, prompt: Prompt | Sequence[Message] | BatchItem, options: ChatOptions
-    ) -> Generation:
-        """The job of one prompt of many."""
+    ) -> tuple[Generation, OnPrompt | None]:
+        """The job of one prompt of many, and who is told of the prompt's progress."""
         if isinstance(prompt, BatchItem):
             if isinstance(prompt.prompt, EdgeLLMError):
                 raise prompt.prompt
@@ -223,7 +233,8 @@ class Calls:
         else:
             tokens = self._model.prompt_tokens(cast("Prompt", prompt))
             answering = cast("GenerateOptions", options)
-        return self._model.generation(tokens, answering, stream=False)
+        generation = self._model.generation(tokens, answering, stream=False)
+        return generation, answering.get("on_prompt")
 
     def _chat(
         self, messages: Sequence[Message], options: ChatOptions

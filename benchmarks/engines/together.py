@@ -2,8 +2,7 @@
 
     python -m benchmarks.engines.together ENGINE PATH WORKLOAD
 
-prints, for each number of requests, the :class:`Together` of one run; with ``--newcomer N`` what a
-prompt of N tokens does to running streams of edge_llm, a :class:`Delay`.
+prints, for each number of requests, the :class:`Together` of one run.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ENGINES", "Delay", "Together", "Workload"]
+__all__ = ["ENGINES", "EdgeTogether", "Times", "Together", "Workload"]
 
 Times = list[list[float]]
 """Of each request the seconds at which its tokens came, counted from when all were asked."""
@@ -50,6 +49,12 @@ class Workload:
     slots: int
     seed: int
 
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """What another process has written down as JSON."""
+        fields = json.loads(text)
+        return cls(**fields | {"widths": tuple(fields["widths"])})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Together:
@@ -60,17 +65,21 @@ class Together:
         decode: Tokens per second while all of them got tokens: between the last one's first token
             and the first one's last.
         first: Seconds to a request's first token, p50 and p95.
-        gaps: Seconds between a request's tokens, p50 and p95.
+        gaps: Seconds between a request's tokens, p50 and p95; None where answers come whole.
     """
 
     all: float
     decode: float
     first: tuple[float, float]
-    gaps: tuple[float, float]
+    gaps: tuple[float, float] | None
 
     @classmethod
-    def of(cls, times: Times) -> Together:
+    def of(cls, times: Times, *, whole: bool = False) -> Together:
         """What the times of tokens come to.
+
+        Args:
+            times: When they came.
+            whole: Whether answers came whole, so that nothing is known of the gaps within them.
 
         Raises:
             RuntimeError: At no time all requests got tokens.
@@ -84,7 +93,7 @@ class Together:
             all=sum(map(len, times)) / max(one[-1] for one in times),
             decode=between / (end - begin),
             first=percentiles([one[0] for one in times]),
-            gaps=percentiles(gaps),
+            gaps=None if whole else percentiles(gaps),
         )
 
 
@@ -94,27 +103,14 @@ def percentiles(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, f
     return float(median), float(high)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delay:
-    """What a new prompt does to running streams.
+class Engine(Protocol):
+    """A loaded model.
 
     Attributes:
-        before: Seconds between two tokens of a stream before it comes, the median.
-        longest: The longest while it is computed.
-        chunk: Seconds of its longest chunk; a step for the streams is not part of it.
-        chunks: How many it has.
-        prompt: Seconds from asking to its first token.
+        whole: Whether its answers come whole.
     """
 
-    before: float
-    longest: float
-    chunk: float
-    chunks: int
-    prompt: float
-
-
-class Engine(Protocol):
-    """A loaded model."""
+    whole: bool
 
     def answer(self, prompts: list[list[int]], *, max_tokens: int) -> Times:
         """Answer all prompts with exactly ``max_tokens`` tokens each."""
@@ -122,6 +118,8 @@ class Engine(Protocol):
 
 class EdgeTogether:
     """edge_llm: a thread for each request reads its stream."""
+
+    whole = False
 
     def __init__(self, path: Path, load: Workload) -> None:
         from edge_llm import LLM
@@ -164,6 +162,8 @@ class EdgeTogether:
 class EdgeBatch(EdgeTogether):
     """edge_llm: one ``LLM.batch`` of all prompts, whose answers come whole."""
 
+    whole = True
+
     def answer(self, prompts: list[list[int]], *, max_tokens: int) -> Times:
         """See :class:`Engine`; each answer's tokens are spread evenly behind its first."""
         answers = self.llm.batch(
@@ -184,57 +184,10 @@ class EdgeBatch(EdgeTogether):
         return times
 
 
-def newcomer(path: Path, load: Workload, tokens: int) -> Delay:
-    """Let a prompt of so many tokens come to ``widths[0]`` running streams of edge_llm."""
-    model = EdgeTogether(path, dataclasses.replace(load, prompt_tokens=tokens))
-    rng = np.random.default_rng(load.seed)
-    prompts = rng.integers(load.vocab, size=(load.widths[0], load.prompt_tokens)).tolist()
-    long = rng.integers(load.vocab, size=(2, tokens)).tolist()
-    model.llm.generate(long[0], max_tokens=1)  # the size of chunks is learnt
-    spans: list[tuple[float, float]] = []
-    feed = model.llm._model.engine._model.stepper.prompt  # type: ignore[union-attr]
-
-    def timed(slot: Any, wanted: Any) -> Any:
-        began = time.perf_counter()
-        found = feed(slot, wanted)
-        spans.append((began, time.perf_counter()))
-        return found
-
-    stop = threading.Event()
-    moments: Times = [[] for _ in prompts]
-
-    def read(prompt: list[int], own: list[float]) -> None:
-        options: Any = {"temperature": 0, "speculation": "off", "cancel": stop}
-        for _ in model.llm.stream(prompt, min_tokens=load.max_tokens, **options):
-            own.append(time.perf_counter())
-
-    readers = [
-        threading.Thread(target=read, args=pair) for pair in zip(prompts, moments, strict=True)
-    ]
-    for reader in readers:
-        reader.start()
-    while min(map(len, moments)) < load.max_tokens // 4:
-        time.sleep(0.01)
-    model.llm._model.engine._model.stepper.prompt = timed  # type: ignore[union-attr, method-assign]
-    asked = time.perf_counter()
-    model.llm.generate(long[1], max_tokens=1, speculation="off")
-    ended = time.perf_counter()
-    stop.set()
-    for reader in readers:
-        reader.join()
-    before = [np.diff([t for t in one if t < asked]) for one in moments]
-    during = [np.diff([t for t in one if asked <= t <= ended]) for one in moments]
-    return Delay(
-        before=float(np.median(np.concatenate(before))),
-        longest=float(np.concatenate(during).max()),
-        chunk=max(end - begin for begin, end in spans),
-        chunks=len(spans),
-        prompt=ended - asked,
-    )
-
-
 class LlamaCppTogether:
     """llama.cpp: all prompts in one batch, and then one ``llama_decode`` for a token of each."""
+
+    whole = False
 
     def __init__(self, path: Path, load: Workload) -> None:
         import llama_cpp
@@ -306,6 +259,8 @@ class LlamaCppTogether:
 class GenaiTogether:
     """onnxruntime-genai: a generator over a batch."""
 
+    whole = False
+
     def __init__(self, path: Path, load: Workload) -> None:
         from benchmarks.engines.genai import GenaiEngine
 
@@ -350,7 +305,9 @@ def run(engine: str, path: Path, load: Workload) -> dict[int, Together]:
         return model.answer(prompts, max_tokens=max_tokens)
 
     ask(max(load.widths), 4)
-    return {width: Together.of(ask(width, load.max_tokens)) for width in load.widths}
+    return {
+        width: Together.of(ask(width, load.max_tokens), whole=model.whole) for width in load.widths
+    }
 
 
 def main() -> None:
@@ -359,16 +316,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("path", type=Path)
-    parser.add_argument("workload", type=json.loads)
-    parser.add_argument("--newcomer", type=int)
+    parser.add_argument("workload", type=Workload.parse)
     arguments = parser.parse_args()
-    arguments.workload["widths"] = tuple(arguments.workload["widths"])
-    load = Workload(**arguments.workload)
-    if arguments.newcomer is not None:
-        delay = newcomer(arguments.path, load, arguments.newcomer)
-        print(json.dumps(dataclasses.asdict(delay)))
-        return
-    found = run(arguments.engine, arguments.path, load)
+    found = run(arguments.engine, arguments.path, arguments.workload)
     print(json.dumps({width: dataclasses.asdict(one) for width, one in found.items()}))
 
 

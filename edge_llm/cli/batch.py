@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not output.parent.is_dir():
         raise EdgeLLMError(f"There is no folder {output.parent}.", "Make it first.")
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_open_input(arguments.input))
+        source = _open_input(arguments.input, stack)
         if arguments.input != "-" and output.exists() and output.samefile(arguments.input):
             raise EdgeLLMError("IN and OUT are one file.", "Name another file for the answers.")
         lock = output.with_name(f".{output.name}.lock")
@@ -78,13 +78,17 @@ def _run(arguments: argparse.Namespace) -> int:
         return _Batch(source, answers, arguments).run()
 
 
-@contextlib.contextmanager
-def _open_input(name: str) -> Iterator[IO[bytes]]:
+def _open_input(name: str, stack: contextlib.ExitStack) -> IO[bytes]:
+    """Open the requests, and close them with the stack where they are a file.
+
+    A pipe stays open, and sys.stdin, which Python closes when it exits, is not read: closing would
+    wait for the thread that waits for the next line.
+    """
     if name == "-":
-        yield stdin().buffer
-        return
-    with Path(name).open("rb") as file:
-        yield file
+        return os.fdopen(stdin().fileno(), "rb", closefd=False)
+    if not Path(name).is_file():
+        return Path(name).open("rb")
+    return stack.enter_context(Path(name).open("rb"))
 
 
 class _Batch:

@@ -36,7 +36,8 @@ class EngineStats:
         queued_seconds: Sum of the time that they waited for a slot.
         steps: Runs of the graph.
         step_rows: Rows at work in these steps, all together.
-        tokens_per_second: Tokens that were chosen in the last 10 seconds, a second.
+        tokens_per_second: Tokens that were chosen in the last 10 seconds, a second; counted from
+            the end of the first step in that time, and 0 until the second one.
     """
 
     slots: int
@@ -110,17 +111,21 @@ class Recorder:
         """The present state."""
         now = time.perf_counter()
         self._forget(now)
-        speed = 0.0
-        if self._recent:
-            speed = self._recent_tokens / max(now - self._recent[0][0], 1e-3)
         return EngineStats(
             slots=slots,
             running=running,
             waiting=waiting,
             queued_seconds=self.queued_seconds,
-            tokens_per_second=speed,
+            tokens_per_second=self._speed(now),
             **{name: self.totals[name] for name in COUNTED},
         )
+
+    def _speed(self, now: float) -> float:
+        """Tokens a second, without the first step's, whose beginning is not known."""
+        if not self._recent:
+            return 0.0
+        began, first = self._recent[0]
+        return (self._recent_tokens - first) / (now - began) if now > began else 0.0
 
     def _forget(self, now: float) -> None:
         while self._recent and now - self._recent[0][0] > RECENT_SECONDS:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from edge_llm import LLM, ArgumentError, Chunk, ContextLengthError
+from edge_llm import LLM, ArgumentError, Chunk, ContextLengthError, batching
+from edge_llm.batching import BatchItem
 from edge_llm.errors import CancelledError, ClosedError, DeadlineError, QueueFullError
 
 TEXTS = ["It was the best of times", "the age of wisdom, it was", "東京", "a", "epoch of belief"]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+LONG: dict[str, Any] = {"max_tokens": 240, "min_tokens": 240, "speculation": "off"}
 
 
 @pytest.fixture
@@ -31,8 +35,7 @@ def test_results_come_in_order_or_as_they_are_done(llm: LLM) -> None:
     alone = [llm.generate(prompt, **GREEDY).text for prompt in prompts]
     done: list[int] = []
     assert [one.text for one in llm.batch(prompts, on_progress=done.append, **GREEDY)] == alone
-    assert done[-1] == 20
-    assert sorted(set(done)) == [*range(21)] or sorted(set(done)) == [*range(1, 21)]
+    assert done == list(range(1, 21))
     results = list(llm.batch(iter(prompts), ordered=False, **GREEDY))
     assert sorted(one.index for one in results) == list(range(20))
     assert all(one.text == alone[one.index] for one in results)
@@ -61,11 +64,137 @@ def test_an_endless_iterator_is_read_only_as_far_as_it_is_needed(llm: LLM) -> No
     until_idle(llm)
 
 
+def test_a_prompt_may_wait_for_the_answer_before_it(llm: LLM) -> None:
+    asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for ordered in (True, False):
+        asked.put(TEXTS[0])
+        results = llm.batch(iter(asked.get, None), ordered=ordered, **GREEDY)
+        for index in range(4):
+            result = next(results)
+            assert result.index == index
+            asked.put(result.text[:5] + "a")
+        asked.put(None)
+        assert [one.index for one in results] == [4]
+    until_idle(llm)
+
+
+def readers() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "edge_llm-batch"]
+
+
+def test_reading_ends_with_the_batch(llm: LLM) -> None:
+    let_go: list[bool] = []
+
+    def prompts() -> Iterator[str]:
+        try:
+            while True:
+                yield "a"
+        finally:
+            let_go.append(True)
+
+    llm.batch(prompts())  # nobody asks for a result, so no prompt is read
+    results = llm.batch(prompts(), **GREEDY)
+    next(results)
+    assert len(readers()) == 1
+    del results
+    until(lambda: not readers() and len(let_go) == 1)
+    until_idle(llm)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_reading_raises_comes_behind_the_results(llm: LLM, ordered: bool) -> None:
+    def prompts() -> Iterator[str]:
+        yield from ("a", "b", "c")
+        raise OSError("the line is cut")
+
+    results = llm.batch(prompts(), ordered=ordered, errors="return", **GREEDY)
+    assert sorted(next(results).index for _ in range(3)) == [0, 1, 2]
+    with pytest.raises(OSError, match="the line is cut"):
+        next(results)
+    until_idle(llm)
+
+
+def test_a_long_answer_holds_up_no_slot_but_its_own(llm: LLM) -> None:
+    lengths = [80 if i % 8 == 0 else 4 for i in range(40)]
+    prompts = [BatchItem("a", {"max_tokens": n, "min_tokens": n}) for n in lengths]
+    steps = []
+    for ordered in (True, False):
+        before = llm.stats().steps
+        options: dict[str, Any] = {"temperature": 0, "speculation": "off"}
+        results = [one.index for one in llm.batch(prompts, ordered=ordered, **options)]
+        assert (results == list(range(40))) is ordered
+        steps.append(llm.stats().steps - before)
+    assert steps[0] < 1.3 * steps[1]
+
+
+def test_answers_that_come_early_are_bounded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "EARLY", 3)
+    read: list[int] = []
+
+    def prompts() -> Iterator[BatchItem]:
+        for i in range(200):
+            read.append(i)
+            length = 2 if i else 200
+            yield BatchItem("a", {"max_tokens": length, "min_tokens": length})
+
+    results = llm.batch(prompts(), temperature=0, speculation="off")
+    assert next(results).index == 0
+    assert len(read) <= 3 * (batching.AHEAD + 3) + 3 + 1, "and those that are read and not taken"
+    assert len(list(results)) == 199
+
+
 def until_idle(llm: LLM) -> None:
+    until(lambda: not (llm.stats().running or llm.stats().waiting))
+
+
+def until(met: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while llm.stats().running or llm.stats().waiting:
+    while not met():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_progress_within_prompts(tiny_bundle: Path) -> None:
+    prompts = [[66] * 20, [65] * 40]
+    told: dict[int, list[int]] = {20: [], 40: []}
+    threads = set()
+
+    def tell(done: int, total: int) -> None:
+        told[total].append(done)
+        threads.add(threading.current_thread())
+
+    with LLM(tiny_bundle, slots=3, prefill_chunk=16) as llm:
+        items: list[Any] = [*prompts, BatchItem("a", {"on_prompt": None})]
+        assert len(list(llm.batch(items, on_prompt=tell, **GREEDY))) == 3
+        assert told == {20: [0, 16], 40: [0, 16, 32]}
+        assert len(llm.samples([67] * 20, 2, on_prompt=tell, **GREEDY)) == 2
+        assert len(told[20]) > 3
+        assert threads == {threading.current_thread()}, "as for generate"
+        for error in (ZeroDivisionError(), DeadlineError("mine")):
+            failing = Mock(side_effect=error)
+            with pytest.raises(type(error)):
+                next(llm.batch([prompts[0]], errors="return", on_prompt=failing))
+            until_idle(llm)
+
+
+def test_progress_counts_every_result(llm: LLM) -> None:
+    done: list[int] = []
+    prompts: list[Any] = ["a", "epoch " * 300, "b", -1]
+    results = llm.batch(prompts, errors="return", on_progress=done.append, **GREEDY)
+    assert len(list(results)) == 4
+    assert done == [1, 2, 3, 4]
+
+
+def test_what_progress_raises_ends_the_batch(llm: LLM) -> None:
+    def stop(done: int) -> None:
+        if done == 2:
+            raise RuntimeError("enough")
+
+    results = llm.batch(itertools.repeat("a"), on_progress=stop, **LONG)
+    with pytest.raises(RuntimeError, match="enough"):
+        list(results)
+    until_idle(llm)
+    until(lambda: not readers())
 
 
 def test_errors_are_raised_in_their_place_or_given(llm: LLM) -> None:
@@ -154,9 +283,6 @@ def test_asyncio_gives_what_threads_give(llm: LLM) -> None:
         )
 
     asyncio.run(ask())
-
-
-LONG: dict[str, Any] = {"max_tokens": 240, "min_tokens": 240, "speculation": "off"}
 
 
 def test_the_event_loop_goes_on_and_cancelling_a_task_ends_its_answer(llm: LLM) -> None:

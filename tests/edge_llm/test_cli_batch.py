@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -241,35 +242,47 @@ def test_requests_from_stdin(
     argv[1] = "-"
     for count in (5, 7):  # there is more of it at the second time
         files.ask(*prompts(count))
-        stream = io.TextIOWrapper(io.BytesIO(files.input.read_bytes()))
-        monkeypatch.setattr(sys, "stdin", stream)
-        assert main(argv) == 0
+        with files.input.open() as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert main(argv) == 0
         assert sorted(files.texts()) == list(range(count))
     assert "2 answered · 0 failed · 5 done before" in failure(capsys)
     files.ask({"prompt": "another"})
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files.input.read_bytes())))
-    assert main(argv) == 1
+    with files.input.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert main(argv) == 1
     assert "Line 1 of - is not what" in failure(capsys)
 
 
-def test_an_endless_input_is_answered_as_it_comes(files: Files) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes, and no SIGINT")
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("end", ["close", "interrupt"])
+def test_an_answer_comes_before_the_next_request(files: Files, named: bool, end: str) -> None:
     argv = files.argv("--max-tokens", "3")
-    argv[1] = "-"
+    argv[1] = str(files.input) if named else "-"
+    if named:
+        os.mkfifo(files.input)
     process = subprocess.Popen(
         [sys.executable, "-m", "edge_llm.cli.main", *argv],
         stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
-    with process, process.stdin as stdin:
-        for i in range(30):
-            stdin.write(json.dumps({"prompt": TEXTS[i % 5]}).encode() + b"\n")
-        stdin.flush()
-        # Behind the last line it waits for more, with up to two rounds of slots in its hands.
-        until(lambda: files.output.exists() and files.output.read_bytes().count(b"\n") >= 20)
-        stdin.close()
-        assert process.wait(timeout=30) == 0
-    assert sorted(files.texts()) == list(range(30))
+    assert process.stderr is not None
+    with process, files.input.open("wb") if named else process.stdin as pipe:
+        for i in range(4):
+            pipe.write(json.dumps({"prompt": TEXTS[i]}).encode() + b"\n")
+            pipe.flush()
+            until(lambda done=i + 1: size(files.output) and len(files.answers()) == done)
+        if end == "close":
+            pipe.close()
+        else:  # while a thread waits for the next line
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == (0 if end == "close" else 130)
+        said = process.stderr.read().decode()
+    assert said.startswith("interrupted; " if end == "interrupt" else "4 answered")
+    assert len(said.splitlines()) == 1
+    assert sorted(files.texts()) == list(range(4))
 
 
 def until(met: Any) -> None:
