@@ -99,6 +99,7 @@ class Job(ABC):
         resumes: Whether it works on the row that was used last, as that is.
         answered: Tokens of an answer that were chosen so far.
         finished: Whether all results are there.
+        fault: What the cancel event raised in place of an answer, if it ever did.
         notify: Called, on the engine's thread, when a result was put.
     """
 
@@ -116,6 +117,7 @@ class Job(ABC):
         self.created = time.perf_counter()
         self.answered = 0
         self.finished = False
+        self.fault: BaseException | None = None
         self.prompt = prompt
         self.priority = priority
         self.notify: Callable[[], object] | None = None
@@ -141,8 +143,12 @@ class Job(ABC):
         return time.perf_counter() - self.created
 
     def ended(self) -> FinishReason | None:
-        """Why the job should stop now, if it should."""
-        if self._abandoned or (self._cancel is not None and self._cancel.is_set()):
+        """Why the job should stop now, if it should.
+
+        Anybody may ask, the engine for one, so what a caller's own kind of event raises does not
+        leave here: it ends the job, whose caller gets it in the end.
+        """
+        if self._abandoned or self._cancelled():
             return "cancelled"
         if self._deadline is not None and time.perf_counter() >= self._deadline:
             return "timeout"
@@ -206,6 +212,16 @@ class Job(ABC):
                 yield result
             if self.ended():
                 interrupt()
+
+    def _cancelled(self) -> bool:
+        if self.fault is None and self._cancel is not None:
+            try:
+                return self._cancel.is_set()
+            except KeyboardInterrupt:
+                raise  # Ctrl-C is no fault of the event
+            except BaseException as error:
+                self.fault = error
+        return self.fault is not None
 
 
 class _End:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ from edge_llm.engine.slots import Slots
 from edge_llm.engine.statistics import EngineStats, Recorder
 from edge_llm.engine.stepper import Stepper
 from edge_llm.engine.waiting import WaitingJobs
-from edge_llm.errors import ArgumentError, ClosedError, ForkError
+from edge_llm.errors import ArgumentError, ClosedError, EdgeLLMError, ForkError, RuntimeFailure
 from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
@@ -204,25 +205,52 @@ class Engine:
         self._tell(job, error)
 
     def _tell(self, job: Job, error: BaseException | None) -> None:
-        """Let everybody know that a job has ended."""
-        report = job.report(error)
-        with self._changed:
-            self._recorder.ended(report)
-        if self._on_request is not None:
-            try:
+        """Let everybody know that a job has ended; its caller in any case."""
+        error = error or job.fault
+        try:
+            report = job.report(error)
+            with self._changed:
+                self._recorder.ended(report)
+            if self._on_request is not None:
                 self._on_request(report)
-            except Exception:
-                log.exception("on_request failed")
-        job.finish(error)
+        except BaseException as failure:
+            # Nothing ends the engine's thread, whereas Ctrl-C is for the thread that it came to.
+            if (
+                not isinstance(failure, Exception)
+                and threading.current_thread() is not self._thread
+            ):
+                raise
+            log.exception("on_request failed")
+        finally:
+            job.finish(error)
 
     def _loop(self) -> None:
         model = self._model
         assert model is not None
-        while self._gather(model.slots):
-            self._turn(model)
-        for one in list(self._running):
-            self._end(one, ClosedError("The model was closed during the request."))
-        self._model = None
+        error: EdgeLLMError = ClosedError("The model was closed during the request.")
+        try:
+            while self._gather(model.slots):
+                self._turn(model)
+            for one in list(self._running):
+                self._end(one, error)
+        except BaseException as failure:
+            # What jobs raise does not come here, so nobody knows what state the rows are in.
+            log.exception("the engine failed and is closed")
+            error = RuntimeFailure(f"The engine failed: {failure!r}", "Load the model again.")
+            error.__cause__ = failure
+        finally:
+            self._fail_all(error)
+
+    def _fail_all(self, error: EdgeLLMError) -> None:
+        """Close the engine and end what jobs are left: nobody would end them later."""
+        with self._changed:
+            self._closed.set()
+            jobs = [*(one.job for one in self._running), *self._waiting.clear()]
+            self._running.clear()
+            self._model = None
+        with contextlib.ExitStack() as every:  # goes on where one fails
+            for job in jobs:
+                every.callback(self._tell, job, error)
 
     def _gather(self, slots: Slots) -> bool:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
@@ -335,9 +363,9 @@ class Engine:
         if error is not None:
             log.debug("a request failed", exc_info=error)
         with self._changed:
-            self._running.remove(one)
             assert self._model is not None
             self._model.slots.release(one.slot)
+            self._running.remove(one)
             if error is None and self._closed.is_set():
                 error = ClosedError("The model was closed during the request.")
         self._tell(one.job, error)

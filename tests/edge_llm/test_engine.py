@@ -30,7 +30,8 @@ from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import Slots
 from edge_llm.engine.step_costs import StepCosts
 from edge_llm.engine.stepper import Stepper
-from edge_llm.errors import ArgumentError, ClosedError
+from edge_llm.errors import ArgumentError, ClosedError, RuntimeFailure
+from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 from edge_llm.runtime.kv_cache import KVCache
 
@@ -427,6 +428,74 @@ def test_an_error_while_a_job_is_being_ended(engine: Engine, decoder: FakeDecode
         serve(engine, Clumsy(timeout=0.1))
     gate.set()
     assert_serves(engine)
+
+
+class Broken(threading.Event):
+    """A caller's own kind of event, which fails once it is told to."""
+
+    def is_set(self) -> bool:
+        if super().is_set():
+            raise OddError("a broken event")
+        return False
+
+
+@pytest.mark.parametrize("when", ["waiting", "between steps", "inside a step"])
+def test_a_cancel_event_that_raises_ends_its_own_job_alone(when: str) -> None:
+    decoder = FakeDecoder(rows=1 if when == "waiting" else 2)
+    engine, _ = make_engine(decoder)
+    cancel, gate = Broken(), threading.Event()
+    good = start(engine, Counting(1, before=gate.wait))
+    until(lambda: engine._running)
+    bad = start(engine, Endless(cancel=cancel))
+    until(lambda: len(engine._waiting) == 1)
+    if when == "waiting":
+        cancel.set()
+        with pytest.raises(OddError):
+            bad.result()
+    gate.set()
+    assert good.result() == [0, "stop"]
+    if when == "inside a step":
+        decoder.in_step.clear()
+        decoder.delay = LONG
+        until(decoder.in_step.is_set)
+    cancel.set()
+    with pytest.raises(OddError):
+        bad.result()
+    decoder.delay = 0
+    assert_serves(engine)
+    within(engine.close)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), OddError()])
+def test_whatever_on_request_raises_the_engine_lives_on(error: BaseException) -> None:
+    def fail(report: RequestReport) -> None:
+        raise error
+
+    engine, _ = make_engine(FakeDecoder(), on_request=fail)
+    assert_serves(engine)
+    assert_serves(engine)
+    within(engine.close)
+
+
+def test_an_engine_that_fails_ends_everything(
+    engine: Engine, decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, running = blocked(engine)
+    waiting = [start(engine, Counting()) for _ in range(3)]
+    until(lambda: len(engine._waiting) == 3)
+
+    def fail() -> None:
+        raise OddError("a defect")
+
+    monkeypatch.setattr(decoder, "resume", fail)
+    gate.set()
+    for call in (running, *waiting):
+        with pytest.raises(RuntimeFailure, match="a defect") as caught:
+            call.result()
+        assert isinstance(caught.value.__cause__, OddError)
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+    within(engine.close)
 
 
 def test_a_job_that_asks_its_own_engine_is_refused(engine: Engine) -> None:
