@@ -106,14 +106,13 @@ class Engine:
         self.check_usable()  # in a forked child the lock may never be released
         with self._changed:
             self.check_usable()
-            self._waiting.add(job)
             if self._thread is None:
                 # A daemon, for Python waits for other threads before it runs exit handlers: it is
                 # the exit handler that ends this thread and waits for it.
-                self._thread = threading.Thread(
-                    target=self._loop, name="edge_llm-engine", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._loop, name="edge_llm-engine", daemon=True)
+                thread.start()  # where the system has none left, the next request tries again
+                self._thread = thread
+            self._waiting.add(job)
             self._changed.notify_all()
 
     def abandon(self, job: Job) -> None:
@@ -129,14 +128,9 @@ class Engine:
         """
         if os.getpid() != self._pid:
             return
-        with self._changed:
-            waited = job in self._waiting
-            if waited:
-                self._waiting.remove(job)
-            else:
+        if not self._drop(job):
+            with self._changed:
                 self._end_step()
-        if waited:
-            self._drop(job)
 
     def check_usable(self) -> None:
         """Refuse work that could only hang.
@@ -176,14 +170,14 @@ class Engine:
             return
         with self._changed:
             self._closed.set()
-            waiting = self._waiting.clear()
+            waiting = list(self._waiting)
             for one in self._running:
                 one.job.abandon()
             self._end_step()
             self._changed.notify_all()
             thread = self._thread
         for job in waiting:
-            self._tell(job, ClosedError("The model was closed while the request waited."))
+            self._drop(job, ClosedError("The model was closed while the request waited."))
         if thread is None:
             self._model = None
         elif thread is not threading.current_thread():
@@ -195,14 +189,18 @@ class Engine:
             assert self._model is not None
             self._model.decoder.interrupt()
 
-    def _drop(self, job: Job) -> None:
-        """End a job that never began."""
-        error: BaseException | None = None
-        try:
-            job.interrupted()
-        except BaseException as failure:
-            error = failure
+    def _drop(self, job: Job, error: BaseException | None = None) -> bool:
+        """End a job that waits; False where it does not."""
+        with self._changed:
+            if not self._waiting.remove(job):
+                return False
+        if error is None:
+            try:
+                job.interrupted()
+            except BaseException as failure:
+                error = failure
         self._tell(job, error)
+        return True
 
     def _tell(self, job: Job, error: BaseException | None) -> None:
         """Let everybody know that a job has ended; its caller in any case."""
@@ -257,30 +255,39 @@ class Engine:
         with self._changed:
             while not self._waiting and not self._running and not self._closed.is_set():
                 self._changed.wait()
-            if self._closed.is_set():
-                return False
-            dropped = [job for job in self._waiting if job.ended()]
-            for job in dropped:
-                self._waiting.remove(job)
-            admitted = list(self._admit(slots))
-        for job in dropped:
+            waiting = list(self._waiting)
+        admitted = [one for job in waiting if (one := self._admit(job, slots)) is not None]
+        for one in admitted:
+            self._start(one)
+        return not self._closed.is_set()
+
+    def _admit(self, job: Job, slots: Slots) -> _Running | None:
+        """Give a job a row, if it is still to have one and there is one.
+
+        That may take a while, for rows are copied then, and the disk may have to be waited for. So
+        it is done without the lock, and the job may be gone meanwhile: other threads may end it,
+        and so may this one, when the garbage collector finds the iterator of its results.
+        """
+        if job.ended():
             self._drop(job)
-        for job, slot in admitted:
-            self._start(job, slot)
-        return True
-
-    def _admit(self, slots: Slots) -> Generator[tuple[Job, Slot], None, None]:
-        for job in self._waiting:
-            if (slot := slots.take(job.prompt, latest=job.resumes)) is not None:
-                self._waiting.remove(job)
-                yield job, slot
-
-    def _start(self, job: Job, slot: Slot) -> None:
-        one = _Running(job, slot, job.steps(slot), Feed(()))
+            return None
+        slot = slots.take(job.prompt, latest=job.resumes)
+        if slot is None:
+            return None
         with self._changed:
-            self._running.append(one)
-        self._recorder.queued_seconds += job.waited()
-        self._advance(one, None)
+            if not self._closed.is_set() and self._waiting.remove(job):
+                one = _Running(job, slot, job.steps(slot), Feed(()))
+                self._running.append(one)
+                return one
+        slots.give_back(slot, latest=job.resumes)
+        return None
+
+    def _start(self, one: _Running) -> None:
+        self._recorder.queued_seconds += one.job.waited()
+        if one.job.ended():
+            self._end_early(one)
+        else:
+            self._advance(one, None)
 
     def _turn(self, model: _Model) -> None:
         """One step for all answers, and one chunk of a prompt."""

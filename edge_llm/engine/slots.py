@@ -84,6 +84,17 @@ class Slots:
         del self._prompts[slot]
         self._used[slot] = next(self._clock)
 
+    def give_back(self, slot: Slot, *, latest: bool = False) -> None:
+        """A row was taken for nothing, which counts as no use; what was copied into it goes.
+
+        Args:
+            slot: The row.
+            latest: As it was for :meth:`take`.
+        """
+        del self._prompts[slot]
+        if not latest:
+            slot.clear()
+
     def close_gap(self, working: list[Slot]) -> None:
         """Bring the highest of the rows that work down into a gap between them, if there is one."""
         rows = sorted(slot.row for slot in working)

@@ -51,9 +51,12 @@ class WaitingJobs:
             raise QueueFullError(self.limit)
         self._jobs.append(job)
 
-    def remove(self, job: Job) -> None:
-        """Let a job wait no longer."""
+    def remove(self, job: Job) -> bool:
+        """Let a job wait no longer; False where it did not."""
+        if job not in self._jobs:
+            return False
         self._jobs.remove(job)
+        return True
 
     def clear(self) -> list[Job]:
         """Let none wait any longer; gives those that did."""

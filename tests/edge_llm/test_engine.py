@@ -498,6 +498,84 @@ def test_an_engine_that_fails_ends_everything(
     within(engine.close)
 
 
+def test_a_job_that_goes_while_it_gets_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may find the iterator of a job's results on the engine's thread."""
+    engine, slots = make_engine(FakeDecoder())
+    job, take = Counting(), slots.take
+    results = engine.execute(job)
+
+    def collect(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        slot = take(prompt, latest=latest)
+        if not job.ended():
+            engine.abandon(job)
+        return slot
+
+    monkeypatch.setattr(slots, "take", collect)
+    assert within(lambda: list(results)) == ["cancelled"]
+    assert not job.ran.is_set()
+    assert_serves(engine)
+    assert not slots.busy
+    within(engine.close)
+
+
+def test_close_ends_a_job_that_is_getting_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = FakeDecoder()
+    decoder.delay = LONG
+    engine, slots = make_engine(decoder)
+    closing: list[Call] = []
+    take = slots.take
+
+    def close(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        slot = take(prompt, latest=latest)
+        closing.append(Call(engine.close))
+        until(engine._closed.is_set)
+        return slot
+
+    monkeypatch.setattr(slots, "take", close)
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+    closing[0].result()
+    assert not decoder.fed
+
+
+def test_nobody_waits_for_a_row_that_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, slots = make_engine(FakeDecoder(rows=2))
+    copying, gate, take = threading.Event(), threading.Event(), slots.take
+
+    def copy(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        copying.set()
+        gate.wait(LONG)
+        return take(prompt, latest=latest)
+
+    monkeypatch.setattr(slots, "take", copy)
+    jobs = [Counting(), Counting()]
+    calls = [start(engine, jobs[0])]
+    until(copying.is_set)
+    calls.append(start(engine, jobs[1]))
+    until(lambda: within(engine.stats).waiting == 2)
+    within(lambda: engine.abandon(jobs[1]))
+    assert calls[1].result() == ["cancelled"]
+    gate.set()
+    assert calls[0].result() == [0, 1, 2, "stop"]
+    within(engine.close)
+
+
+def test_a_system_without_a_thread_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_thread = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "edge_llm-engine":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            serve(engine, Counting())
+    assert engine.stats().waiting == 0
+    assert_serves(engine)
+
+
 def test_a_job_that_asks_its_own_engine_is_refused(engine: Engine) -> None:
     with pytest.raises(ArgumentError, match="logits_hook"):
         serve(engine, Counting(before=lambda: list(engine.execute(Counting()))))
