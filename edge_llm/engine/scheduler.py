@@ -112,7 +112,7 @@ class Engine:
                 thread = threading.Thread(target=self._loop, name="edge_llm-engine", daemon=True)
                 thread.start()  # where the system has none left, the next request tries again
                 self._thread = thread
-            self._waiting.add(job)
+            self._waiting.add(job, free=self._size - len(self._running))
             self._changed.notify_all()
 
     def abandon(self, job: Job) -> None:

@@ -41,13 +41,18 @@ class WaitingJobs:
             sorted(self._jobs, key=lambda job: (job.created - now) / AGING_SECONDS - job.priority)
         )
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, *, free: int = 0) -> None:
         """Let a job wait.
+
+        Args:
+            job: Which.
+            free: Rows that stand ready: so many jobs go as soon as the engine sees them, and are
+                not counted.
 
         Raises:
             QueueFullError: There are as many as may be.
         """
-        if len(self._jobs) >= self.limit:
+        if len(self._jobs) >= self.limit + free:
             raise QueueFullError(self.limit)
         self._jobs.append(job)
 

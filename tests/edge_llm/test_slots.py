@@ -216,6 +216,27 @@ def test_the_queue_is_bounded() -> None:
     within(engine.close)
 
 
+def test_jobs_for_which_rows_are_free_do_not_count_as_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, slots = make_engine(FakeDecoder(rows=ROWS), queue_limit=1)
+    seeing, take = threading.Event(), slots.take
+
+    def late(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        seeing.wait(60)
+        return take(prompt, latest=latest)
+
+    monkeypatch.setattr(slots, "take", late)
+    calls = [start(engine, Counting(1)) for _ in range(ROWS + 1)]
+    until(lambda: engine.stats().waiting == ROWS + 1)
+    with pytest.raises(QueueFullError):
+        within(lambda: list(engine.execute(Counting(1))))
+    seeing.set()
+    for call in calls:
+        assert call.result() == [0, "stop"]
+    within(engine.close)
+
+
 def test_priority_and_then_the_order_of_coming(engine: Engine) -> None:
     order: list[str] = []
 
