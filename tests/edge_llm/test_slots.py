@@ -381,6 +381,47 @@ def test_rows_at_work_lie_beside_each_other() -> None:
     assert taken(slots, none).row == 3
 
 
+def test_a_row_that_was_used_last_holds_no_other_callers_tokens() -> None:
+    cache = KVCache([state()], rows=4, capacity=32)
+    slots = Slots(cache, 4)
+    none = np.zeros(0, np.int64)
+    busy = [taken(slots, none) for _ in range(4)]
+    for slot in busy:
+        hold(cache, slot, [slot.row] * 3)
+    older, last = busy[1], busy[2]
+    for slot in (older, last):
+        slots.release(slot)
+        busy.remove(slot)
+    # Of two gaps the older one goes.
+    slots.close_gap(busy)
+    assert slots.take(none, latest=True) is last
+    assert content(cache, last) == [2, 2, 2]
+    slots.release(last)
+    # Where the only gap was used last, that is gone, and known to be.
+    slots.release(busy.pop(0))
+    for slot in (taken(slots, none), taken(slots, none)):
+        hold(cache, slot, [9] * 3)
+        busy.append(slot)
+    busy.sort(key=lambda slot: slot.row)
+    middle = busy.pop(1)
+    slots.release(middle)
+    slots.close_gap(busy)
+    assert slots.take(none, latest=True) is middle
+    assert middle.length == 0
+
+
+def test_what_was_used_last_is_waited_for_while_another_works_on_it() -> None:
+    slots = Slots(KVCache([state()], rows=2, capacity=32), 2)
+    none = np.zeros(0, np.int64)
+    for _ in range(2):
+        slots.release(taken(slots, none))
+    last = slots.take(none, latest=True)
+    assert last is not None
+    assert slots.take(none, latest=True) is None
+    slots.release(last)
+    assert slots.take(none, latest=True) is last
+
+
 def test_a_prompt_waits_for_tokens_that_another_is_computing(engine: Engine) -> None:
     prompt = list(range(200))
     decoder = FakeDecoder(rows=ROWS)
