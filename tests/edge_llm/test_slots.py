@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
@@ -550,6 +551,22 @@ def test_memory_does_not_grow_with_requests(tiny_bundle: Path) -> None:
             assert not engine._waiting
             assert engine._model is not None
             assert engine._model.slots.busy == 0, round_
+
+
+def test_a_stream_whose_event_loop_was_closed_ends(tiny_bundle: Path) -> None:
+    def slow(so_far: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        time.sleep(0.01)
+        return logits
+
+    with LLM(tiny_bundle, slots=1) as llm:
+        options: dict[str, Any] = {"max_tokens": 200, "min_tokens": 200, "speculation": "off"}
+        stream = llm.astream("a", logits_hook=slow, **options)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        until(lambda: llm.stats().requests == 1)
+        assert llm.stats().completion_tokens < 200
+        del stream
 
 
 def test_close_ends_all_rows(tiny_bundle: Path) -> None:
