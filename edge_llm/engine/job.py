@@ -97,6 +97,7 @@ class Job(ABC):
     Attributes:
         created: When it was, in seconds of time.perf_counter().
         resumes: Whether it works on the row that was used last, as that is.
+        callback: The option by which a caller gives a function that :meth:`steps` calls.
         answered: Tokens of an answer that were chosen so far.
         finished: Whether all results are there.
         fault: What the cancel event raised in place of an answer, if it ever did.
@@ -105,6 +106,7 @@ class Job(ABC):
 
     kind: ClassVar[RequestKind]
     resumes: ClassVar[bool] = False
+    callback: ClassVar[str] = "logits_hook"
 
     def __init__(
         self,

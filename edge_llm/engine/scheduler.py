@@ -86,6 +86,7 @@ class Engine:
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
+        self._calling = ""  # the option whose function the engine's thread may be in
 
     def execute(self, job: Job) -> Generator[object, None, None]:
         """Queue a job and give its results as they come; leaving early ends the job.
@@ -151,7 +152,7 @@ class Engine:
             )
         if threading.current_thread() is self._thread:
             raise ArgumentError(
-                "logits_hook",
+                self._calling,
                 "a function that does not ask the model which is waiting for it",
                 "one that does",
                 "Load a second model for it.",
@@ -205,6 +206,9 @@ class Engine:
     def _tell(self, job: Job, error: BaseException | None) -> None:
         """Let everybody know that a job has ended; its caller in any case."""
         error = error or job.fault
+        mine = threading.current_thread() is self._thread
+        if mine:
+            self._calling = "on_request"
         try:
             report = job.report(error)
             with self._changed:
@@ -213,10 +217,7 @@ class Engine:
                 self._on_request(report)
         except BaseException as failure:
             # Nothing ends the engine's thread, whereas Ctrl-C is for the thread that it came to.
-            if (
-                not isinstance(failure, Exception)
-                and threading.current_thread() is not self._thread
-            ):
+            if not isinstance(failure, Exception) and not mine:
                 raise
             log.exception("on_request failed")
         finally:
@@ -348,6 +349,7 @@ class Engine:
 
     def _advance(self, one: _Running, logits: NDArray[np.float32] | None) -> None:
         """Let a job take its logits and say what it wants next."""
+        self._calling = one.job.callback
         try:
             one.feed = one.steps.send(logits)
         except StopIteration:

@@ -582,6 +582,22 @@ def test_a_job_that_asks_its_own_engine_is_refused(engine: Engine) -> None:
     assert_serves(engine)
 
 
+def test_the_function_is_named_that_asks_its_own_engine() -> None:
+    errors: list[str] = []
+
+    def ask(report: RequestReport) -> None:
+        with pytest.raises(ArgumentError) as caught:
+            list(busy.execute(Counting()))
+        errors.append(caught.value.argument)
+
+    busy, _ = make_engine(FakeDecoder(), on_request=ask)
+    assert_serves(busy)
+    with pytest.raises(ArgumentError, match="logits_hook"):
+        serve(busy, Counting(before=lambda: list(busy.execute(Counting()))))
+    within(busy.close)
+    assert errors == ["on_request", "on_request"]
+
+
 def test_close_ends_the_running_job_and_those_that_wait(
     engine: Engine, decoder: FakeDecoder
 ) -> None:
