@@ -58,9 +58,10 @@ class WaitingJobs:
 
     def remove(self, job: Job) -> bool:
         """Let a job wait no longer; False where it did not."""
-        if job not in self._jobs:
+        try:
+            self._jobs.remove(job)
+        except ValueError:
             return False
-        self._jobs.remove(job)
         return True
 
     def clear(self) -> list[Job]:
