@@ -33,11 +33,15 @@ NO_TOKENS = np.zeros(0, np.int64)
 class Feed:
     """What a job wants computed next.
 
+    Of several tokens the engine may feed only the first ones, so that no other job waits for all of
+    them. Then it sends the logits of what was scored of these, or None where nothing was, and the
+    job asks for the rest.
+
     Attributes:
         tokens: To append to the job's row, at least one.
         scored: How many of the last ones to give logits for.
-        divisible: Whether the engine may feed only the first of them. Then it sends None in place
-            of logits, and the job asks for the rest.
+        exact: Whether the logits themselves are the result, so that their last bits should not hang
+            on the clock: it does not decide how many are fed, as long as no other job is at work.
         drafts: Guesses at what follows. The engine feeds as many of the first ones as pay, and
             gives logits for each.
         chance: Of each draft to come true, if the one before it did.
@@ -45,7 +49,7 @@ class Feed:
 
     tokens: Sequence[int] | NDArray[np.int64]
     scored: int = 1
-    divisible: bool = False
+    exact: bool = False
     drafts: Sequence[int] = ()
     chance: float = 0.0
 
@@ -75,7 +79,7 @@ def feed_prompt(
     reused, logits = slot.length, None
     while logits is None:
         progress(slot.length)
-        logits = yield Feed(prompt[slot.length :], divisible=True)
+        logits = yield Feed(prompt[slot.length :])
     slot.offer(prompt, computed=len(prompt) - reused)
     return logits
 

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -304,7 +304,8 @@ class Engine:
             self._step(model, answering, lambda: model.stepper.answer(slots, feeds))
         if prompting:
             one = self._next_prompt(prompting)
-            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, one.feed)])
+            feed = one.feed if len(self._running) == 1 else replace(one.feed, exact=False)
+            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, feed)])
 
     def _next_prompt(self, prompting: list[_Running]) -> _Running:
         self._chunks += 1

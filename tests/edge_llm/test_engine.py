@@ -361,7 +361,7 @@ class Prompting(Job):
         reused, logits = slot.rewind(self.prompt), None
         while logits is None:
             self.put(slot.length)
-            logits = yield Feed(self.prompt[slot.length :], divisible=True)
+            logits = yield Feed(self.prompt[slot.length :])
         self.put((reused, int(logits.argmax())))
 
     def interrupted(self) -> None:
@@ -534,6 +534,7 @@ def test_close_ends_a_job_that_is_getting_its_row(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(slots, "take", close)
     with pytest.raises(ClosedError):
         serve(engine, Counting())
+    until(lambda: closing)
     closing[0].result()
     assert not decoder.fed
 

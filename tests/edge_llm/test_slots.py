@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from edge_llm import LLM
 from edge_llm.engine.drafting import Drafting
-from edge_llm.engine.job import Feed, Steps
+from edge_llm.engine.job import Feed, Job, Steps
 from edge_llm.engine.scheduler import OLDEST_EVERY, Engine
+from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import WORTH_WAITING, Slots
 from edge_llm.engine.step_costs import WIDTHS, StepCosts
@@ -29,6 +30,7 @@ from edge_llm.manifest import StateTensor
 from edge_llm.results import RequestReport
 from edge_llm.runtime.kv_cache import KVCache
 from tests.edge_llm.test_engine import (
+    VOCAB,
     Call,
     Counting,
     FakeDecoder,
@@ -116,6 +118,48 @@ def test_a_prompt_holds_answers_up_for_one_chunk_at_most(
     # Between any two chunks, both answers take a step.
     for left, right in itertools.pairwise(chunks):
         assert widths[left + 1 : right] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["score", "logits"])
+def test_logits_of_many_tokens_hold_answers_up_for_one_chunk_at_most(
+    kind: str, engine: Engine, decoder: FakeDecoder
+) -> None:
+    text = np.arange(150) % VOCAB
+    held = fill(engine, 2)
+    del decoder.fed[:]
+    job: Job
+    if kind == "score":
+        job = Scoring(text, vocab=VOCAB, cancel=None, timeout=None)
+    else:
+        job = Distributions(text, last=100, continued=0)
+    (result,) = within(lambda: list(engine.execute(job)))
+    widths = [len(tokens) for tokens, _ in decoder.fed]
+    let_go(held)
+    assert max(widths) == 4
+    # The likeliest token is the next one, whatever the pieces were.
+    if kind == "score":
+        assert np.ptp(cast("ScoreEnd", result).logprobs) == 0
+    else:
+        best = cast("NDArray[np.float32]", result).argmax(axis=1)
+        np.testing.assert_array_equal(best, (text[50:] + 1) % VOCAB)
+
+
+def test_the_clock_decides_how_many_tokens_are_scored_only_beside_others(
+    decoder: FakeDecoder,
+) -> None:
+    engine, _ = make_engine(decoder, fixed=None)
+
+    def scored() -> list[int]:
+        del decoder.fed[:]
+        job = Scoring(np.arange(129) % VOCAB, vocab=VOCAB, cancel=None, timeout=None)
+        within(lambda: list(engine.execute(job)))
+        return [len(tokens) for tokens, count in decoder.fed if len(tokens) == count > 1]
+
+    held = fill(engine, 1)
+    assert scored()[0] < 64, "the first guess errs on the short side"
+    let_go(held)
+    assert scored() == [64, 64]
+    within(engine.close)
 
 
 def test_short_prompts_come_first_but_the_oldest_is_not_forgotten(
