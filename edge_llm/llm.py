@@ -213,7 +213,7 @@ class LLM(Calls):
             How many tokens were saved.
 
         Raises:
-            SessionError: Nothing was computed yet.
+            SessionError: Nothing was computed yet, or it had to make room for other requests.
             ArgumentError: The model is another program's folder.
             OSError: The system refuses; what was there before is still there.
         """

@@ -357,9 +357,11 @@ async def _aresults(engine: Engine, job: Job) -> AsyncGenerator[object, None]:
     loop, came = asyncio.get_running_loop(), asyncio.Event()
 
     def notify() -> None:
-        # A loop that is closed waits for nothing any more.
-        with contextlib.suppress(RuntimeError):
+        try:
             loop.call_soon_threadsafe(came.set)
+        except RuntimeError:
+            # The loop was closed over a reader that it never ended: nobody else tells the engine.
+            engine.abandon(job)
 
     job.notify = notify
     try:

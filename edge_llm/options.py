@@ -64,7 +64,8 @@ class LoadOptions(TypedDict, total=False):
             ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
             then.
         on_request: Called with a :class:`~edge_llm.results.RequestReport` when a request has ended,
-            mostly on the engine's thread: it must be quick, and what it raises is only logged.
+            mostly on the engine's thread: it must be quick, for all requests wait for it, and what
+            it raises is only logged.
         verify: Compare every file's SHA-256 first.
     """
 
@@ -98,7 +99,8 @@ class GenerateOptions(TypedDict, total=False):
         logit_bias: Added to the logits of these tokens.
         logits_hook: ``hook(tokens, logits)`` gets prompt and answer so far and a copy of the
             logits, float32 [vocab], and returns what to use in their place. It runs on the
-            engine's thread, where neither ``cancel`` nor ``timeout`` can end it.
+            engine's thread, where neither ``cancel`` nor ``timeout`` can end it, and where every
+            other request waits for it: a slow one slows down all streams.
         seed: Same seed, same text; None draws one from the system. (On a quantized bundle a
             near-tie may fall otherwise where the cache still holds tokens that were answered
             before: one token at a time rounds otherwise than several.)

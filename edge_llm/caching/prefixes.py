@@ -151,11 +151,19 @@ class PrefixCache:
         return self._folder.prune(limit)
 
     def start(self, write: Callable[[], None]) -> bool:
-        """Do something beside the engine's thread; False where that is busy with another."""
+        """Do something beside the engine's thread.
+
+        Returns:
+            False where that is busy with another, or the system has no thread left.
+        """
         if self._writer is not None and self._writer.is_alive():
             return False
         writer = threading.Thread(target=write, name="edge_llm-prefixes", daemon=True)
-        writer.start()
+        try:
+            writer.start()
+        except RuntimeError as error:
+            log.debug("nothing is written: %s", error)
+            return False
         self._writer = writer
         return True
 
@@ -321,8 +329,12 @@ class Offer:
             return
         self._started = True
         self._read.clear()
-        if not self._prefixes.start(self._run):
-            self._read.set()
+        began = False
+        try:
+            began = self._prefixes.start(self._run)
+        finally:
+            if not began:  # nobody else would end the wait for it
+                self._read.set()
 
     def move(self, row: int) -> None:
         """The prompt now stands in another row."""

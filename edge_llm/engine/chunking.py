@@ -44,14 +44,19 @@ class ChunkPlanner:
         each = FIRST_GUESS_SHARE * single_token
         self._tokens = self._plan(single_token - each, each)
 
-    def next(self, remaining: int) -> int:
-        """Tokens of the next chunk of a prompt that has ``remaining`` left."""
+    def next(self, remaining: int, *, timed: bool = True) -> int:
+        """Tokens of the next chunk.
+
+        Args:
+            remaining: Tokens that are left.
+            timed: Whether it is to take no longer than others want to wait.
+        """
         if self._fixed is not None:
             return min(self._fixed, remaining)
         # One token alone takes another kernel than several at once, and on a quantized model the
         # two round differently. A prompt's last token is therefore never fed by itself, so that
         # the logits do not depend on where the clock cut the prompt.
-        chunk = min(self._tokens, remaining)
+        chunk = min(self._tokens if timed else self._widest, remaining)
         if remaining - chunk == 1 and self._widest > 1:
             chunk += 1 if chunk < self._widest else -1
         return chunk

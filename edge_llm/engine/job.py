@@ -33,11 +33,15 @@ NO_TOKENS = np.zeros(0, np.int64)
 class Feed:
     """What a job wants computed next.
 
+    Of several tokens the engine may feed only the first ones, so that no other job waits for all of
+    them. Then it sends the logits of what was scored of these, or None where nothing was, and the
+    job asks for the rest.
+
     Attributes:
         tokens: To append to the job's row, at least one.
         scored: How many of the last ones to give logits for.
-        divisible: Whether the engine may feed only the first of them. Then it sends None in place
-            of logits, and the job asks for the rest.
+        exact: Whether the logits themselves are the result, so that their last bits should not hang
+            on the clock: it does not decide how many are fed, as long as no other job is at work.
         drafts: Guesses at what follows. The engine feeds as many of the first ones as pay, and
             gives logits for each.
         chance: Of each draft to come true, if the one before it did.
@@ -45,7 +49,7 @@ class Feed:
 
     tokens: Sequence[int] | NDArray[np.int64]
     scored: int = 1
-    divisible: bool = False
+    exact: bool = False
     drafts: Sequence[int] = ()
     chance: float = 0.0
 
@@ -75,7 +79,7 @@ def feed_prompt(
     reused, logits = slot.length, None
     while logits is None:
         progress(slot.length)
-        logits = yield Feed(prompt[slot.length :], divisible=True)
+        logits = yield Feed(prompt[slot.length :])
     slot.offer(prompt, computed=len(prompt) - reused)
     return logits
 
@@ -97,13 +101,16 @@ class Job(ABC):
     Attributes:
         created: When it was, in seconds of time.perf_counter().
         resumes: Whether it works on the row that was used last, as that is.
+        callback: The option by which a caller gives a function that :meth:`steps` calls.
         answered: Tokens of an answer that were chosen so far.
         finished: Whether all results are there.
+        fault: What the cancel event raised in place of an answer, if it ever did.
         notify: Called, on the engine's thread, when a result was put.
     """
 
     kind: ClassVar[RequestKind]
     resumes: ClassVar[bool] = False
+    callback: ClassVar[str] = "logits_hook"
 
     def __init__(
         self,
@@ -116,6 +123,7 @@ class Job(ABC):
         self.created = time.perf_counter()
         self.answered = 0
         self.finished = False
+        self.fault: BaseException | None = None
         self.prompt = prompt
         self.priority = priority
         self.notify: Callable[[], object] | None = None
@@ -141,8 +149,12 @@ class Job(ABC):
         return time.perf_counter() - self.created
 
     def ended(self) -> FinishReason | None:
-        """Why the job should stop now, if it should."""
-        if self._abandoned or (self._cancel is not None and self._cancel.is_set()):
+        """Why the job should stop now, if it should.
+
+        Anybody may ask, the engine for one, so what a caller's own kind of event raises does not
+        leave here: it ends the job, whose caller gets it in the end.
+        """
+        if self._abandoned or self._cancelled():
             return "cancelled"
         if self._deadline is not None and time.perf_counter() >= self._deadline:
             return "timeout"
@@ -206,6 +218,16 @@ class Job(ABC):
                 yield result
             if self.ended():
                 interrupt()
+
+    def _cancelled(self) -> bool:
+        if self.fault is None and self._cancel is not None:
+            try:
+                return self._cancel.is_set()
+            except KeyboardInterrupt:
+                raise  # Ctrl-C is no fault of the event
+            except BaseException as error:
+                self.fault = error
+        return self.fault is not None
 
 
 class _End:

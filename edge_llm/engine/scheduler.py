@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from edge_llm.engine.slots import Slots
 from edge_llm.engine.statistics import EngineStats, Recorder
 from edge_llm.engine.stepper import Stepper
 from edge_llm.engine.waiting import WaitingJobs
-from edge_llm.errors import ArgumentError, ClosedError, ForkError
+from edge_llm.errors import ArgumentError, ClosedError, EdgeLLMError, ForkError, RuntimeFailure
 from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
@@ -85,6 +86,7 @@ class Engine:
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
+        self._calling = ""  # the option whose function the engine's thread may be in
 
     def execute(self, job: Job) -> Generator[object, None, None]:
         """Queue a job and give its results as they come; leaving early ends the job.
@@ -105,14 +107,13 @@ class Engine:
         self.check_usable()  # in a forked child the lock may never be released
         with self._changed:
             self.check_usable()
-            self._waiting.add(job)
             if self._thread is None:
                 # A daemon, for Python waits for other threads before it runs exit handlers: it is
                 # the exit handler that ends this thread and waits for it.
-                self._thread = threading.Thread(
-                    target=self._loop, name="edge_llm-engine", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._loop, name="edge_llm-engine", daemon=True)
+                thread.start()  # where the system has none left, the next request tries again
+                self._thread = thread
+            self._waiting.add(job, free=self._size - len(self._running))
             self._changed.notify_all()
 
     def abandon(self, job: Job) -> None:
@@ -128,14 +129,9 @@ class Engine:
         """
         if os.getpid() != self._pid:
             return
-        with self._changed:
-            waited = job in self._waiting
-            if waited:
-                self._waiting.remove(job)
-            else:
+        if not self._drop(job):
+            with self._changed:
                 self._end_step()
-        if waited:
-            self._drop(job)
 
     def check_usable(self) -> None:
         """Refuse work that could only hang.
@@ -156,7 +152,7 @@ class Engine:
             )
         if threading.current_thread() is self._thread:
             raise ArgumentError(
-                "logits_hook",
+                self._calling,
                 "a function that does not ask the model which is waiting for it",
                 "one that does",
                 "Load a second model for it.",
@@ -175,14 +171,14 @@ class Engine:
             return
         with self._changed:
             self._closed.set()
-            waiting = self._waiting.clear()
+            waiting = list(self._waiting)
             for one in self._running:
                 one.job.abandon()
             self._end_step()
             self._changed.notify_all()
             thread = self._thread
         for job in waiting:
-            self._tell(job, ClosedError("The model was closed while the request waited."))
+            self._drop(job, ClosedError("The model was closed while the request waited."))
         if thread is None:
             self._model = None
         elif thread is not threading.current_thread():
@@ -194,65 +190,105 @@ class Engine:
             assert self._model is not None
             self._model.decoder.interrupt()
 
-    def _drop(self, job: Job) -> None:
-        """End a job that never began."""
-        error: BaseException | None = None
-        try:
-            job.interrupted()
-        except BaseException as failure:
-            error = failure
+    def _drop(self, job: Job, error: BaseException | None = None) -> bool:
+        """End a job that waits; False where it does not."""
+        with self._changed:
+            if not self._waiting.remove(job):
+                return False
+        if error is None:
+            try:
+                job.interrupted()
+            except BaseException as failure:
+                error = failure
         self._tell(job, error)
+        return True
 
     def _tell(self, job: Job, error: BaseException | None) -> None:
-        """Let everybody know that a job has ended."""
-        report = job.report(error)
-        with self._changed:
-            self._recorder.ended(report)
-        if self._on_request is not None:
-            try:
+        """Let everybody know that a job has ended; its caller in any case."""
+        error = error or job.fault
+        mine = threading.current_thread() is self._thread
+        if mine:
+            self._calling = "on_request"
+        try:
+            report = job.report(error)
+            with self._changed:
+                self._recorder.ended(report)
+            if self._on_request is not None:
                 self._on_request(report)
-            except Exception:
-                log.exception("on_request failed")
-        job.finish(error)
+        except BaseException as failure:
+            # Nothing ends the engine's thread, whereas Ctrl-C is for the thread that it came to.
+            if not isinstance(failure, Exception) and not mine:
+                raise
+            log.exception("on_request failed")
+        finally:
+            job.finish(error)
 
     def _loop(self) -> None:
         model = self._model
         assert model is not None
-        while self._gather(model.slots):
-            self._turn(model)
-        for one in list(self._running):
-            self._end(one, ClosedError("The model was closed during the request."))
-        self._model = None
+        error: EdgeLLMError = ClosedError("The model was closed during the request.")
+        try:
+            while self._gather(model.slots):
+                self._turn(model)
+            for one in list(self._running):
+                self._end(one, error)
+        except BaseException as failure:
+            # What jobs raise does not come here, so nobody knows what state the rows are in.
+            log.exception("the engine failed and is closed")
+            error = RuntimeFailure(f"The engine failed: {failure!r}", "Load the model again.")
+            error.__cause__ = failure
+        finally:
+            self._fail_all(error)
+
+    def _fail_all(self, error: EdgeLLMError) -> None:
+        """Close the engine and end what jobs are left: nobody would end them later."""
+        with self._changed:
+            self._closed.set()
+            jobs = [*(one.job for one in self._running), *self._waiting.clear()]
+            self._running.clear()
+            self._model = None
+        with contextlib.ExitStack() as every:  # goes on where one fails
+            for job in jobs:
+                every.callback(self._tell, job, error)
 
     def _gather(self, slots: Slots) -> bool:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
         with self._changed:
             while not self._waiting and not self._running and not self._closed.is_set():
                 self._changed.wait()
-            if self._closed.is_set():
-                return False
-            dropped = [job for job in self._waiting if job.ended()]
-            for job in dropped:
-                self._waiting.remove(job)
-            admitted = list(self._admit(slots))
-        for job in dropped:
+            waiting = list(self._waiting)
+        admitted = [one for job in waiting if (one := self._admit(job, slots)) is not None]
+        for one in admitted:
+            self._start(one)
+        return not self._closed.is_set()
+
+    def _admit(self, job: Job, slots: Slots) -> _Running | None:
+        """Give a job a row, if it is still to have one and there is one.
+
+        That may take a while, for rows are copied then, and the disk may have to be waited for. So
+        it is done without the lock, and the job may be gone meanwhile: other threads may end it,
+        and so may this one, when the garbage collector finds the iterator of its results.
+        """
+        if job.ended():
             self._drop(job)
-        for job, slot in admitted:
-            self._start(job, slot)
-        return True
-
-    def _admit(self, slots: Slots) -> Generator[tuple[Job, Slot], None, None]:
-        for job in self._waiting:
-            if (slot := slots.take(job.prompt, latest=job.resumes)) is not None:
-                self._waiting.remove(job)
-                yield job, slot
-
-    def _start(self, job: Job, slot: Slot) -> None:
-        one = _Running(job, slot, job.steps(slot), Feed(()))
+            return None
+        slot = slots.take(job.prompt, latest=job.resumes)
+        if slot is None:
+            return None
         with self._changed:
-            self._running.append(one)
-        self._recorder.queued_seconds += job.waited()
-        self._advance(one, None)
+            if not self._closed.is_set() and self._waiting.remove(job):
+                one = _Running(job, slot, job.steps(slot), Feed(()))
+                self._running.append(one)
+                return one
+        slots.give_back(slot, latest=job.resumes)
+        return None
+
+    def _start(self, one: _Running) -> None:
+        self._recorder.queued_seconds += one.job.waited()
+        if one.job.ended():
+            self._end_early(one)
+        else:
+            self._advance(one, None)
 
     def _turn(self, model: _Model) -> None:
         """One step for all answers, and one chunk of a prompt."""
@@ -268,7 +304,8 @@ class Engine:
             self._step(model, answering, lambda: model.stepper.answer(slots, feeds))
         if prompting:
             one = self._next_prompt(prompting)
-            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, one.feed)])
+            feed = one.feed if len(self._running) == 1 else replace(one.feed, exact=False)
+            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, feed)])
 
     def _next_prompt(self, prompting: list[_Running]) -> _Running:
         self._chunks += 1
@@ -313,6 +350,7 @@ class Engine:
 
     def _advance(self, one: _Running, logits: NDArray[np.float32] | None) -> None:
         """Let a job take its logits and say what it wants next."""
+        self._calling = one.job.callback
         try:
             one.feed = one.steps.send(logits)
         except StopIteration:
@@ -335,9 +373,9 @@ class Engine:
         if error is not None:
             log.debug("a request failed", exc_info=error)
         with self._changed:
-            self._running.remove(one)
             assert self._model is not None
             self._model.slots.release(one.slot)
+            self._running.remove(one)
             if error is None and self._closed.is_set():
                 error = ClosedError("The model was closed during the request.")
         self._tell(one.job, error)

@@ -54,6 +54,8 @@ class ScoreEnd:
 class Scoring(Job):
     """Scores a text in steps whose logits stay within a fixed amount of memory.
 
+    Beside other jobs they are as short as those of prompts.
+
     Puts one :class:`ScoreEnd`.
 
     Args:
@@ -81,14 +83,17 @@ class Scoring(Job):
     def steps(self, slot: Slot) -> Steps:
         """Feed all tokens but the last, and look up each next one in the logits."""
         slot.clear()
-        inputs, targets = self._tokens[:-1], self._tokens[1:]
+        targets = self._tokens[1:]
         scores = np.empty(len(targets), np.float64)
-        for start in range(0, len(inputs), self._width):
-            part = slice(start, start + self._width)
-            chunk = inputs[part]
-            logits = yield Feed(chunk, scored=len(chunk))
-            assert logits is not None
-            scores[part] = log_probabilities(logits, targets[part])
+        done = 0
+        for piece in even_pieces(self._tokens[:-1], self._width):
+            left = piece
+            while len(left):
+                logits = yield Feed(left, scored=len(left), exact=True)
+                assert logits is not None
+                part = slice(done, done + len(logits))
+                scores[part] = log_probabilities(logits, targets[part])
+                done, left = part.stop, left[len(logits) :]
         self.put(ScoreEnd(scores, None))
 
     def interrupted(self) -> None:
@@ -144,12 +149,16 @@ class Distributions(Job):
         """Feed what the cache does not hold, all but the last tokens without logits."""
         if not self._continued or slot.rewind(self.prompt) != self._continued:
             slot.clear()  # what is reused would depend on who asked for what before
-        unscored = self._tokens[slot.length : -self._last]
-        for piece in even_pieces(unscored, WIDEST):
-            yield Feed(piece, scored=0)
-        logits = yield Feed(self._tokens[-self._last :], scored=self._last)
-        assert logits is not None
-        self.put(logits.copy())
+        begin = len(self._tokens) - self._last
+        while slot.length < begin:
+            yield Feed(self._tokens[slot.length : begin], scored=0, exact=True)
+        parts = []
+        while slot.length < len(self._tokens):
+            left = self._tokens[slot.length :]
+            logits = yield Feed(left, scored=len(left), exact=True)
+            assert logits is not None
+            parts.append(logits.copy())
+        self.put(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def interrupted(self) -> None:
         """Put nothing in place of logits."""

@@ -29,6 +29,7 @@ class Baking(Job):
     """
 
     kind = "session"
+    callback = "on_prompt"
 
     def __init__(
         self, tokens: NDArray[np.int64], *, progress: Callable[[int, int], None] | None

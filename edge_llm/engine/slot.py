@@ -123,11 +123,13 @@ class Slot:
         self._held[:kept] = other._held[:kept]
 
     def swap(self, other: Slot) -> None:
-        """Change places with a row that nobody needs: this one's content is in both then."""
+        """Change places with a row that nobody needs, and which is empty then."""
         other.copy(self, self.length)
         self.row, other.row = other.row, self.row
         if self._offer is not None:
             self._offer.move(self.row)
+        # A copy of this one's content would pass for what the other's caller has left there.
+        other.clear()
 
     def offer(self, prompt: NDArray[np.int64], *, computed: int) -> None:
         """Have the prompt that the row was just fed with kept, if it is worth that.

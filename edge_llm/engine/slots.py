@@ -47,17 +47,20 @@ class Slots:
 
         Args:
             prompt: int64 [tokens].
-            latest: Give the row that was used last, as it is.
+            latest: Give the row that was used last, as it is; an empty one where its content had
+                to make room.
 
         Returns:
-            None where all rows are taken, or where another job is computing the same tokens now:
-            ask again after its next step.
+            None where all rows are taken, where another job is computing the same tokens now, or
+            is at work on the row that was used last: ask again after its next step.
         """
         free = [slot for slot in self.all if slot not in self._prompts]
         if not free:
             return None
         if latest:
-            slot = max(free, key=self._used.__getitem__)
+            slot = max(self.all, key=self._used.__getitem__)
+            if slot in self._prompts:
+                return None
             self._prompts[slot] = prompt
             return slot
         shared = {slot: slot.reusable(prompt) for slot in self.all} if len(prompt) else {}
@@ -84,8 +87,22 @@ class Slots:
         del self._prompts[slot]
         self._used[slot] = next(self._clock)
 
+    def give_back(self, slot: Slot, *, latest: bool = False) -> None:
+        """A row was taken for nothing, which counts as no use; what was copied into it goes.
+
+        Args:
+            slot: The row.
+            latest: As it was for :meth:`take`.
+        """
+        del self._prompts[slot]
+        if not latest:
+            slot.clear()
+
     def close_gap(self, working: list[Slot]) -> None:
-        """Bring the highest of the rows that work down into a gap between them, if there is one."""
+        """Bring the highest of the rows that work down into a gap between them, if there is one.
+
+        What the gap held is lost, so of several that one is filled that was used least recently.
+        """
         rows = sorted(slot.row for slot in working)
         if rows[-1] - rows[0] < len(rows):
             return
@@ -93,7 +110,7 @@ class Slots:
         gaps = [slot for slot in free if rows[0] < slot.row < rows[-1]]
         if gaps:
             highest = max(working, key=lambda slot: slot.row)
-            highest.swap(min(gaps, key=lambda slot: slot.row))
+            highest.swap(min(gaps, key=self._used.__getitem__))
 
     def _coming(self, prompt: NDArray[np.int64]) -> int:
         """Most tokens of a prompt that a job is about to compute for its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ class Stepper:
     def __init__(self, decoder: Decoder, planner: ChunkPlanner, drafting: Drafting) -> None:
         self._decoder = decoder
         self._planner = planner
+        # Where many logits are wanted, each token costs more: such chunks are watched apart.
+        self._scoring_planner = copy.copy(planner)
         self._drafting = drafting
 
     def answer(self, slots: Sequence[Slot], feeds: Sequence[Feed]) -> list[NDArray[np.float32]]:
@@ -81,16 +84,17 @@ class Stepper:
         """Feed a row several tokens, or the first of them as far as a chunk goes.
 
         Returns:
-            float32 [scored, vocab], valid until the next step; None where some were left over.
+            float32 [scored, vocab] of what was fed, valid until the next step; None where nothing
+            of it was to be scored and some was left over.
         """
-        if not feed.divisible:
-            return self._feed(slot, feed.tokens, scored=feed.scored)
+        planner = self._scoring_planner if feed.scored > 1 else self._planner
         count = len(feed.tokens)
-        chunk = self._planner.next(count)
+        chunk = planner.next(count, timed=not feed.exact)
+        scored = max(0, feed.scored - (count - chunk))
         started = time.perf_counter()
-        logits = self._feed(slot, feed.tokens[:chunk], scored=feed.scored if chunk == count else 0)
-        self._planner.observe(chunk, time.perf_counter() - started)
-        return logits if chunk == count else None
+        logits = self._feed(slot, feed.tokens[:chunk], scored=scored)
+        planner.observe(chunk, time.perf_counter() - started)
+        return logits if scored or chunk == count else None
 
     def _feed(
         self, slot: Slot, tokens: Sequence[int] | NDArray[np.int64], *, scored: int

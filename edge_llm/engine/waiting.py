@@ -41,19 +41,28 @@ class WaitingJobs:
             sorted(self._jobs, key=lambda job: (job.created - now) / AGING_SECONDS - job.priority)
         )
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, *, free: int = 0) -> None:
         """Let a job wait.
+
+        Args:
+            job: Which.
+            free: Rows that stand ready: so many jobs go as soon as the engine sees them, and are
+                not counted.
 
         Raises:
             QueueFullError: There are as many as may be.
         """
-        if len(self._jobs) >= self.limit:
+        if len(self._jobs) >= self.limit + free:
             raise QueueFullError(self.limit)
         self._jobs.append(job)
 
-    def remove(self, job: Job) -> None:
-        """Let a job wait no longer."""
-        self._jobs.remove(job)
+    def remove(self, job: Job) -> bool:
+        """Let a job wait no longer; False where it did not."""
+        try:
+            self._jobs.remove(job)
+        except ValueError:
+            return False
+        return True
 
     def clear(self) -> list[Job]:
         """Let none wait any longer; gives those that did."""

@@ -30,7 +30,8 @@ from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import Slots
 from edge_llm.engine.step_costs import StepCosts
 from edge_llm.engine.stepper import Stepper
-from edge_llm.errors import ArgumentError, ClosedError
+from edge_llm.errors import ArgumentError, ClosedError, RuntimeFailure
+from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 from edge_llm.runtime.kv_cache import KVCache
 
@@ -360,7 +361,7 @@ class Prompting(Job):
         reused, logits = slot.rewind(self.prompt), None
         while logits is None:
             self.put(slot.length)
-            logits = yield Feed(self.prompt[slot.length :], divisible=True)
+            logits = yield Feed(self.prompt[slot.length :])
         self.put((reused, int(logits.argmax())))
 
     def interrupted(self) -> None:
@@ -429,10 +430,173 @@ def test_an_error_while_a_job_is_being_ended(engine: Engine, decoder: FakeDecode
     assert_serves(engine)
 
 
+class Broken(threading.Event):
+    """A caller's own kind of event, which fails once it is told to."""
+
+    def is_set(self) -> bool:
+        if super().is_set():
+            raise OddError("a broken event")
+        return False
+
+
+@pytest.mark.parametrize("when", ["waiting", "between steps", "inside a step"])
+def test_a_cancel_event_that_raises_ends_its_own_job_alone(when: str) -> None:
+    decoder = FakeDecoder(rows=1 if when == "waiting" else 2)
+    engine, _ = make_engine(decoder)
+    cancel, gate = Broken(), threading.Event()
+    good = start(engine, Counting(1, before=gate.wait))
+    until(lambda: engine._running)
+    bad = start(engine, Endless(cancel=cancel))
+    until(lambda: len(engine._waiting) == 1)
+    if when == "waiting":
+        cancel.set()
+        with pytest.raises(OddError):
+            bad.result()
+    gate.set()
+    assert good.result() == [0, "stop"]
+    if when == "inside a step":
+        decoder.in_step.clear()
+        decoder.delay = LONG
+        until(decoder.in_step.is_set)
+    cancel.set()
+    with pytest.raises(OddError):
+        bad.result()
+    decoder.delay = 0
+    assert_serves(engine)
+    within(engine.close)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), OddError()])
+def test_whatever_on_request_raises_the_engine_lives_on(error: BaseException) -> None:
+    def fail(report: RequestReport) -> None:
+        raise error
+
+    engine, _ = make_engine(FakeDecoder(), on_request=fail)
+    assert_serves(engine)
+    assert_serves(engine)
+    within(engine.close)
+
+
+def test_an_engine_that_fails_ends_everything(
+    engine: Engine, decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, running = blocked(engine)
+    waiting = [start(engine, Counting()) for _ in range(3)]
+    until(lambda: len(engine._waiting) == 3)
+
+    def fail() -> None:
+        raise OddError("a defect")
+
+    monkeypatch.setattr(decoder, "resume", fail)
+    gate.set()
+    for call in (running, *waiting):
+        with pytest.raises(RuntimeFailure, match="a defect") as caught:
+            call.result()
+        assert isinstance(caught.value.__cause__, OddError)
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+    within(engine.close)
+
+
+def test_a_job_that_goes_while_it_gets_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may find the iterator of a job's results on the engine's thread."""
+    engine, slots = make_engine(FakeDecoder())
+    job, take = Counting(), slots.take
+    results = engine.execute(job)
+
+    def collect(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        slot = take(prompt, latest=latest)
+        if not job.ended():
+            engine.abandon(job)
+        return slot
+
+    monkeypatch.setattr(slots, "take", collect)
+    assert within(lambda: list(results)) == ["cancelled"]
+    assert not job.ran.is_set()
+    assert_serves(engine)
+    assert not slots.busy
+    within(engine.close)
+
+
+def test_close_ends_a_job_that_is_getting_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = FakeDecoder()
+    decoder.delay = LONG
+    engine, slots = make_engine(decoder)
+    closing: list[Call] = []
+    take = slots.take
+
+    def close(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        slot = take(prompt, latest=latest)
+        closing.append(Call(engine.close))
+        until(engine._closed.is_set)
+        return slot
+
+    monkeypatch.setattr(slots, "take", close)
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+    until(lambda: closing)
+    closing[0].result()
+    assert not decoder.fed
+
+
+def test_nobody_waits_for_a_row_that_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, slots = make_engine(FakeDecoder(rows=2))
+    copying, gate, take = threading.Event(), threading.Event(), slots.take
+
+    def copy(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        copying.set()
+        gate.wait(LONG)
+        return take(prompt, latest=latest)
+
+    monkeypatch.setattr(slots, "take", copy)
+    jobs = [Counting(), Counting()]
+    calls = [start(engine, jobs[0])]
+    until(copying.is_set)
+    calls.append(start(engine, jobs[1]))
+    until(lambda: within(engine.stats).waiting == 2)
+    within(lambda: engine.abandon(jobs[1]))
+    assert calls[1].result() == ["cancelled"]
+    gate.set()
+    assert calls[0].result() == [0, 1, 2, "stop"]
+    within(engine.close)
+
+
+def test_a_system_without_a_thread_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_thread = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "edge_llm-engine":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            serve(engine, Counting())
+    assert engine.stats().waiting == 0
+    assert_serves(engine)
+
+
 def test_a_job_that_asks_its_own_engine_is_refused(engine: Engine) -> None:
     with pytest.raises(ArgumentError, match="logits_hook"):
         serve(engine, Counting(before=lambda: list(engine.execute(Counting()))))
     assert_serves(engine)
+
+
+def test_the_function_is_named_that_asks_its_own_engine() -> None:
+    errors: list[str] = []
+
+    def ask(report: RequestReport) -> None:
+        with pytest.raises(ArgumentError) as caught:
+            list(busy.execute(Counting()))
+        errors.append(caught.value.argument)
+
+    busy, _ = make_engine(FakeDecoder(), on_request=ask)
+    assert_serves(busy)
+    with pytest.raises(ArgumentError, match="logits_hook"):
+        serve(busy, Counting(before=lambda: list(busy.execute(Counting()))))
+    within(busy.close)
+    assert errors == ["on_request", "on_request"]
 
 
 def test_close_ends_the_running_job_and_those_that_wait(

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from edge_llm.cli.main import main
 from edge_llm.errors import CacheWarning, SessionError
 from edge_llm.results import PrefixBreak
 from edge_llm.runtime import device
+from edge_llm.runtime.kv_cache import KVCache
 from edge_llm.states import default_prefix_cache, open_prefixes, state_owner
 from edge_llm_export import Calibration, export_model
 
@@ -334,6 +336,27 @@ def test_a_folder_without_rights_is_still_read(tiny_bundle: Path, tmp_path: Path
         assert [one.category for one in caught] == [CacheWarning]
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_system_without_a_thread_left_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefixes = PrefixCache(tmp_path / "cache", owner="ab" * 16)
+    cache = KVCache((), rows=1, capacity=600)
+    cache.advance(0, 400)
+    offer = prefixes.offer(cache, 0, np.arange(400), computed=400)
+    assert offer is not None
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    offer.write()
+    monkeypatch.undo()
+    waiting = threading.Thread(target=offer.release, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_a_full_disk_costs_one_warning(

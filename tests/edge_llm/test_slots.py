@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from edge_llm import LLM
 from edge_llm.engine.drafting import Drafting
-from edge_llm.engine.job import Feed, Steps
+from edge_llm.engine.job import Feed, Job, Steps
 from edge_llm.engine.scheduler import OLDEST_EVERY, Engine
+from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import WORTH_WAITING, Slots
 from edge_llm.engine.step_costs import WIDTHS, StepCosts
@@ -28,6 +30,7 @@ from edge_llm.manifest import StateTensor
 from edge_llm.results import RequestReport
 from edge_llm.runtime.kv_cache import KVCache
 from tests.edge_llm.test_engine import (
+    VOCAB,
     Call,
     Counting,
     FakeDecoder,
@@ -115,6 +118,48 @@ def test_a_prompt_holds_answers_up_for_one_chunk_at_most(
     # Between any two chunks, both answers take a step.
     for left, right in itertools.pairwise(chunks):
         assert widths[left + 1 : right] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["score", "logits"])
+def test_logits_of_many_tokens_hold_answers_up_for_one_chunk_at_most(
+    kind: str, engine: Engine, decoder: FakeDecoder
+) -> None:
+    text = np.arange(150) % VOCAB
+    held = fill(engine, 2)
+    del decoder.fed[:]
+    job: Job
+    if kind == "score":
+        job = Scoring(text, vocab=VOCAB, cancel=None, timeout=None)
+    else:
+        job = Distributions(text, last=100, continued=0)
+    (result,) = within(lambda: list(engine.execute(job)))
+    widths = [len(tokens) for tokens, _ in decoder.fed]
+    let_go(held)
+    assert max(widths) == 4
+    # The likeliest token is the next one, whatever the pieces were.
+    if kind == "score":
+        assert np.ptp(cast("ScoreEnd", result).logprobs) == 0
+    else:
+        best = cast("NDArray[np.float32]", result).argmax(axis=1)
+        np.testing.assert_array_equal(best, (text[50:] + 1) % VOCAB)
+
+
+def test_the_clock_decides_how_many_tokens_are_scored_only_beside_others(
+    decoder: FakeDecoder,
+) -> None:
+    engine, _ = make_engine(decoder, fixed=None)
+
+    def scored() -> list[int]:
+        del decoder.fed[:]
+        job = Scoring(np.arange(129) % VOCAB, vocab=VOCAB, cancel=None, timeout=None)
+        within(lambda: list(engine.execute(job)))
+        return [len(tokens) for tokens, count in decoder.fed if len(tokens) == count > 1]
+
+    held = fill(engine, 1)
+    assert scored()[0] < 64, "the first guess errs on the short side"
+    let_go(held)
+    assert scored() == [64, 64]
+    within(engine.close)
 
 
 def test_short_prompts_come_first_but_the_oldest_is_not_forgotten(
@@ -213,6 +258,27 @@ def test_the_queue_is_bounded() -> None:
     let_go(held)
     for call in waiting:
         call.result()
+    within(engine.close)
+
+
+def test_jobs_for_which_rows_are_free_do_not_count_as_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, slots = make_engine(FakeDecoder(rows=ROWS), queue_limit=1)
+    seeing, take = threading.Event(), slots.take
+
+    def late(prompt: NDArray[np.int64], *, latest: bool = False) -> Slot | None:
+        seeing.wait(60)
+        return take(prompt, latest=latest)
+
+    monkeypatch.setattr(slots, "take", late)
+    calls = [start(engine, Counting(1)) for _ in range(ROWS + 1)]
+    until(lambda: engine.stats().waiting == ROWS + 1)
+    with pytest.raises(QueueFullError):
+        within(lambda: list(engine.execute(Counting(1))))
+    seeing.set()
+    for call in calls:
+        assert call.result() == [0, "stop"]
     within(engine.close)
 
 
@@ -360,6 +426,47 @@ def test_rows_at_work_lie_beside_each_other() -> None:
     assert taken(slots, none).row == 3
 
 
+def test_a_row_that_was_used_last_holds_no_other_callers_tokens() -> None:
+    cache = KVCache([state()], rows=4, capacity=32)
+    slots = Slots(cache, 4)
+    none = np.zeros(0, np.int64)
+    busy = [taken(slots, none) for _ in range(4)]
+    for slot in busy:
+        hold(cache, slot, [slot.row] * 3)
+    older, last = busy[1], busy[2]
+    for slot in (older, last):
+        slots.release(slot)
+        busy.remove(slot)
+    # Of two gaps the older one goes.
+    slots.close_gap(busy)
+    assert slots.take(none, latest=True) is last
+    assert content(cache, last) == [2, 2, 2]
+    slots.release(last)
+    # Where the only gap was used last, that is gone, and known to be.
+    slots.release(busy.pop(0))
+    for slot in (taken(slots, none), taken(slots, none)):
+        hold(cache, slot, [9] * 3)
+        busy.append(slot)
+    busy.sort(key=lambda slot: slot.row)
+    middle = busy.pop(1)
+    slots.release(middle)
+    slots.close_gap(busy)
+    assert slots.take(none, latest=True) is middle
+    assert middle.length == 0
+
+
+def test_what_was_used_last_is_waited_for_while_another_works_on_it() -> None:
+    slots = Slots(KVCache([state()], rows=2, capacity=32), 2)
+    none = np.zeros(0, np.int64)
+    for _ in range(2):
+        slots.release(taken(slots, none))
+    last = slots.take(none, latest=True)
+    assert last is not None
+    assert slots.take(none, latest=True) is None
+    slots.release(last)
+    assert slots.take(none, latest=True) is last
+
+
 def test_a_prompt_waits_for_tokens_that_another_is_computing(engine: Engine) -> None:
     prompt = list(range(200))
     decoder = FakeDecoder(rows=ROWS)
@@ -488,6 +595,22 @@ def test_memory_does_not_grow_with_requests(tiny_bundle: Path) -> None:
             assert not engine._waiting
             assert engine._model is not None
             assert engine._model.slots.busy == 0, round_
+
+
+def test_a_stream_whose_event_loop_was_closed_ends(tiny_bundle: Path) -> None:
+    def slow(so_far: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        time.sleep(0.01)
+        return logits
+
+    with LLM(tiny_bundle, slots=1) as llm:
+        options: dict[str, Any] = {"max_tokens": 200, "min_tokens": 200, "speculation": "off"}
+        stream = llm.astream("a", logits_hook=slow, **options)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        until(lambda: llm.stats().requests == 1)
+        assert llm.stats().completion_tokens < 200
+        del stream
 
 
 def test_close_ends_all_rows(tiny_bundle: Path) -> None:
