@@ -56,7 +56,8 @@ def test_the_manifest_has_what_eval_measures(
         assert (one.tokens, one.window, one.stride) == (report.tokens, 256, 128)
     assert not found
     assert main(["info", str(folder)]) == 0
-    assert "perplexity on tale.txt in windows of 256 tokens: " in capsys.readouterr().out
+    told = f"perplexity on tale.txt in windows of 256 tokens, SHA-256 {one.sha256[:12]}: "
+    assert told in capsys.readouterr().out
 
 
 def test_a_float32_bundle_is_its_own_original(
