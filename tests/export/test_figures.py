@@ -56,7 +56,8 @@ def test_the_manifest_has_what_eval_measures(
         assert (one.tokens, one.window, one.stride) == (report.tokens, 256, 128)
     assert not found
     assert main(["info", str(folder)]) == 0
-    told = f"perplexity on tale.txt in windows of 256 tokens, SHA-256 {one.sha256[:12]}: "
+    digest = hashlib.sha256(text_file.read_bytes()).hexdigest()[:12]
+    told = f"perplexity on tale.txt in windows of 256 tokens, SHA-256 {digest}: "
     assert told in capsys.readouterr().out
 
 
