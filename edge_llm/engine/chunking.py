@@ -18,6 +18,11 @@ LEAST_WORK = 2.0
 # seen was 0.25 (a 0.5B model, 16 tokens at once), so the first chunk errs on the short side.
 FIRST_GUESS_SHARE = 0.3
 
+# One slow moment makes a step's own cost look as large as a whole chunk. So what is taken for it
+# may grow by this factor from one chunk to the next: a machine that has become slow is soon
+# believed.
+MOST_GROWTH = 4.0
+
 # Two chunks tell a step's own cost from its tokens' only if one is clearly longer; and only for a
 # while, so after some chunks of one length a longer one, still within the budget, asks again.
 CLEARLY_LONGER = 1.3
@@ -40,6 +45,7 @@ class ChunkPlanner:
         self._fixed = fixed
         self._widest = widest
         self._last = self._other = (1, single_token)
+        self._own = single_token
         self._age = 0
         each = FIRST_GUESS_SHARE * single_token
         self._tokens = self._plan(single_token - each, each)
@@ -74,7 +80,9 @@ class ChunkPlanner:
         each = average
         if self._other[0] != tokens:
             slope = (seconds - self._other[1]) / (tokens - self._other[0])
-            each = min(max(slope, 0.1 * average), average)
+            least = max(seconds - MOST_GROWTH * self._own, 0.1 * seconds) / tokens
+            each = min(max(slope, least), average)
+            self._own = max(seconds - each * tokens, self._own / MOST_GROWTH)
         wanted = self._plan(seconds - each * tokens, each)
         if self._age % ASK_AGAIN == 0:
             wanted = min(max(wanted, int(tokens * CLEARLY_LONGER) + 1), self._widest)

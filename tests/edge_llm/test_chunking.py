@@ -194,3 +194,15 @@ def test_a_prompt_takes_at_most_half_as_long_again_as_it_must(
     # The chunks before the planner knows better come on top.
     learning = sum(took for _, took in fed[:16])
     assert sum(took for _, took in fed) <= 1.6 * best + learning
+
+
+def test_one_slow_moment_makes_no_long_chunk() -> None:
+    planner = ChunkPlanner(fixed=None, widest=512, single_token=0.005)
+
+    def cost(tokens: int) -> float:
+        return 0.005 + 0.0009 * tokens
+
+    for turn in range(40):
+        chunk = planner.next(64 if turn % 5 == 2 else 10_000)  # a short prompt now and then
+        assert cost(chunk) < 1.2 * BUDGET_SECONDS
+        planner.observe(chunk, cost(chunk) + (0.12 if turn % 5 == 2 else 0.0))
