@@ -179,19 +179,7 @@ class Builder:
             declared: list[int | str] = ["batch", shape.kv_heads, "capacity", width]
             graph.input(f"past.{i}.{part}", dtype, declared)
             graph.output(f"present.{i}.{part}", dtype, declared)
-        options: dict[str, Any] = {}
-        scales = ["", ""]
-        if variant.kv not in ("float32", "float16"):
-            size = (1,) if variant.kv == "int8_tensor" else (1, shape.kv_heads, 1, shape.head_dim)
-            limit = 7 if variant.kv == "int4" else 127
-            scale = graph.constant("kv_scale", np.full(size, 4 / limit, np.float32))
-            kind = "PER_TENSOR" if variant.kv == "int8_tensor" else "PER_CHANNEL"
-            scales = [scale, scale]
-            options = {
-                "k_quant_type": kind,
-                "v_quant_type": kind,
-                "kv_cache_bit_width": 4 if variant.kv == "int4" else 8,
-            }
+        scales, options = self.cache_scales()
         out = graph.microsoft(
             "GroupQueryAttention",
             f"l{i}.gqa",
@@ -215,6 +203,21 @@ class Builder:
             **options,
         )
         return graph.op("Cast", f"l{i}.float", [out], to=1) if half else out
+
+    def cache_scales(self) -> tuple[list[str], dict[str, Any]]:
+        """Inputs and attributes of GroupQueryAttention that say how its cache is quantized."""
+        shape, variant = self.shape, self.variant
+        if variant.kv in ("float32", "float16"):
+            return ["", ""], {}
+        size = (1,) if variant.kv == "int8_tensor" else (1, shape.kv_heads, 1, shape.head_dim)
+        limit = 7 if variant.kv == "int4" else 127
+        scale = self.graph.constant("kv_scale", np.full(size, 4 / limit, np.float32))
+        kind = "PER_TENSOR" if variant.kv == "int8_tensor" else "PER_CHANNEL"
+        return [scale, scale], {
+            "k_quant_type": kind,
+            "v_quant_type": kind,
+            "kv_cache_bit_width": 4 if variant.kv == "int4" else 8,
+        }
 
     def mlp(self, path: str, normed: str, *, last: bool) -> str:
         """``down(silu(gate(x)) * up(x))``."""

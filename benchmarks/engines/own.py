@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.engines.engine import Answer
-from edge_llm import LLM, Bundle
+from edge_llm import LLM, Bundle, GenerateOptions
 from edge_llm.compiled import CompiledModels, compiled_folder
 from edge_llm.runtime.session import import_onnxruntime
 
@@ -24,6 +24,7 @@ __all__ = [
     "compile_bundle",
     "compiled_bytes",
     "export",
+    "plainly",
 ]
 
 COMPILED = "compiled"
@@ -53,6 +54,17 @@ def compiled_bytes(bundle: Path) -> int:
     return sum(file.stat().st_size for file in found.parent.iterdir())
 
 
+def plainly(max_tokens: int, *, reuse_prefix: bool = False) -> GenerateOptions:
+    """Options of a greedy answer of exactly so many tokens, each of which takes a step."""
+    return {
+        "max_tokens": max_tokens,
+        "min_tokens": max_tokens,
+        "temperature": 0.0,
+        "speculation": "off",
+        "reuse_prefix": reuse_prefix,
+    }
+
+
 class EdgeEngine:
     """A bundle in edge_llm."""
 
@@ -75,14 +87,7 @@ class EdgeEngine:
         if baked and self._answered:  # what was baked lies on disk: the row must not hold it
             self._llm.generate([(prompt[0] + 1) % self._llm.manifest.dims.vocab], max_tokens=1)
         self._answered = True
-        answer = self._llm.generate(
-            prompt,
-            max_tokens=max_tokens,
-            min_tokens=max_tokens,
-            temperature=0.0,
-            speculation="off",
-            reuse_prefix=baked,
-        )
+        answer = self._llm.generate(prompt, **plainly(max_tokens, reuse_prefix=baked))
         assert bool(answer.usage.reused_tokens) == baked
         first = answer.timings.first_token
         assert first is not None

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.engines.own import plainly
+
 __all__ = ["ENGINES", "EdgeTogether", "Times", "Together", "Workload"]
 
 Times = list[list[float]]
@@ -135,15 +137,7 @@ class EdgeTogether:
 
         def read(prompt: list[int], own: list[float]) -> None:
             ready.wait()
-            chunks = self.llm.stream(
-                prompt,
-                max_tokens=max_tokens,
-                min_tokens=max_tokens,
-                temperature=0,
-                speculation="off",
-                reuse_prefix=False,
-            )
-            for chunk in chunks:
+            for chunk in self.llm.stream(prompt, **plainly(max_tokens)):
                 # A token without a character of its own comes with the next one.
                 own += [time.perf_counter() - started] * len(chunk.tokens)
 
@@ -166,16 +160,8 @@ class EdgeBatch(EdgeTogether):
 
     def answer(self, prompts: list[list[int]], *, max_tokens: int) -> Times:
         """See :class:`Engine`; each answer's tokens are spread evenly behind its first."""
-        answers = self.llm.batch(
-            prompts,
-            max_tokens=max_tokens,
-            min_tokens=max_tokens,
-            temperature=0,
-            speculation="off",
-            reuse_prefix=False,
-        )
         times: Times = []
-        for result in answers:
+        for result in self.llm.batch(prompts, **plainly(max_tokens)):
             assert result.completion is not None
             timings = result.completion.timings
             assert timings.first_token is not None
