@@ -22,7 +22,7 @@ from ..graph.linear import Calibrated
 from ..graph.matrices import checkpoint_names
 from ..graph.parts import Part, Projection, build_embedding, build_head, build_layer
 from .calibration import Calibration
-from .gptq import Feedback, GPTQMatrix, factorize, row_losses
+from .gptq import GPTQMatrix, factorize_each, row_losses
 from .inputs import InputSums, solve_correction, sum_inputs
 from .session import PartSession
 from .shelf import Shelf, ShelvedMatrix
@@ -217,22 +217,19 @@ class _Work:
         """Correct and quantize projections of one input."""
         correct = solve_correction(sums, damping=damping, share=correction)
         moments = (sums.moments / sums.tokens).astype(np.float32)
-        feedback: dict[int, Feedback] = {}
+        feedback = factorize_each(
+            sums.moments,
+            {storage.block for name in projections for storage in self.ways(name) if storage.block},
+            damping=damping,
+            act_order=self.calibration.act_order,
+        )
         for name, one in projections.items():
             matrix = correct.apply(one.matrix, one.added) if correct else one.matrix
             for storage in self.ways(name):
-                block = storage.block
-                assert block is not None
-                if block not in feedback:
-                    feedback[block] = factorize(
-                        sums.moments,
-                        block=block,
-                        damping=damping,
-                        act_order=self.calibration.act_order,
-                    )
+                assert storage.block is not None
                 self._shelf(storage).put(
                     name,
-                    GPTQMatrix(matrix, storage, feedback[block], self.calibration.rounds),
+                    GPTQMatrix(matrix, storage, feedback[storage.block], self.calibration.rounds),
                     partial(row_losses, matrix, moments),
                 )
 

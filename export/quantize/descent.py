@@ -45,19 +45,18 @@ def _fit_scales(weights: Floats, integers: Floats, moments: Floats, block: int) 
     """Solve each row's normal equations, ``N^T H N s = N^T H w`` with a column of N per block."""
     columns, rows = weights.shape
     blocks = columns // block
-
-    def by_block(values: Floats) -> Floats:
-        summed: Floats = (integers * values).reshape(blocks, block, rows).sum(axis=1)
-        return summed
-
+    cut = integers.reshape(blocks, block, rows)
     normal = np.empty((rows, blocks, blocks))
     for j in range(blocks):
-        part = slice(j * block, (j + 1) * block)
-        normal[:, :, j] = by_block(moments[:, part] @ integers[part]).T
+        stop = (j + 1) * block
+        part = slice(stop - block, stop)
+        pulls = (moments[:stop, part] @ integers[part]).reshape(j + 1, block, rows)
+        normal[:, : j + 1, j] = np.einsum("bkr,bkr->rb", cut[: j + 1], pulls)
+        normal[:, j, : j + 1] = normal[:, : j + 1, j]
     # A block of zeros has no scale: it gets 0 from equations that say nothing.
     floor = np.finfo(np.float64).tiny + 1e-12 * np.einsum("rbb->r", normal)
     normal += floor[:, None, None] * np.eye(blocks)
-    aims = by_block(moments @ weights).T[..., None]
+    aims = np.einsum("bkr,bkr->rb", cut, (moments @ weights).reshape(cut.shape))[..., None]
     return np.linalg.solve(normal, aims)[..., 0].T.astype(np.float64, copy=False)
 
 

@@ -11,7 +11,8 @@ front of its block are rounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = [
     "GPTQMatrix",
     "added_damping",
     "factorize",
+    "factorize_each",
     "row_losses",
     "search_scales",
 ]
@@ -106,6 +108,36 @@ def factorize(
     upper = turned[::-1, ::-1].astype(np.float64)
     root = upper.diagonal().copy()
     return Feedback(order, np.divide(upper, root), np.square(root), ordered, block)
+
+
+def factorize_each(
+    moments: NDArray[np.float64],
+    blocks: Collection[int],
+    *,
+    damping: float = DEFAULT_DAMPING,
+    act_order: bool = False,
+) -> dict[int, Feedback]:
+    """The factors for blocks of several lengths, see :func:`factorize`, by that length."""
+    if act_order:
+        return {
+            block: factorize(moments, block=block, damping=damping, act_order=True)
+            for block in blocks
+        }
+    # Columns that fill up blocks come last and have nothing to do with those before them.
+    longest = factorize(moments, block=max(blocks), damping=damping)
+    return {block: _shortened(longest, len(moments), block) for block in blocks}
+
+
+def _shortened(longest: Feedback, columns: int, block: int) -> Feedback:
+    part = slice(block_count(columns, block) * block)
+    return replace(
+        longest,
+        order=longest.order[part],
+        upper=longest.upper[part, part],
+        loss=longest.loss[part],
+        moments=longest.moments[part, part],
+        block=block,
+    )
 
 
 def added_damping(energy: NDArray[np.float64], damping: float) -> float:

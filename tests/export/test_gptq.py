@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_llm.errors import ArgumentError
-from edge_llm_export.quantize.gptq import GPTQMatrix, factorize, search_scales
+from edge_llm_export.quantize.gptq import (
+    GPTQMatrix,
+    factorize,
+    factorize_each,
+    search_scales,
+)
 from edge_llm_export.quantize.rtn import dequantize_blocks, quantize_rows
 from edge_llm_export.quantize.storage import QuantizedMatrix, RoundedMatrix, Storage
 
@@ -171,6 +176,21 @@ def test_rows_may_be_read_apart(act_order: bool) -> None:
     whole, part = matrix.blocks(0, 24), matrix.blocks(7, 12)
     np.testing.assert_array_equal(part.integers, whole.integers[7:12])
     np.testing.assert_allclose(part.scales, whole.scales[7:12], rtol=1e-6)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("columns", [96, 256, 300])
+def test_blocks_of_several_lengths_share_what_they_can(columns: int, act_order: bool) -> None:
+    _, inputs, _ = layer(columns)
+    found = factorize_each(moments(inputs), {32, 64, 128}, act_order=act_order)
+    assert set(found) == {32, 64, 128}
+    for block, one in found.items():
+        own = factorize(moments(inputs), block=block, act_order=act_order)
+        assert one.block == block
+        np.testing.assert_array_equal(one.order, own.order)
+        np.testing.assert_array_equal(one.moments, own.moments)
+        np.testing.assert_allclose(one.upper, own.upper, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(one.loss, own.loss, rtol=1e-9)
 
 
 def test_inputs_that_say_nothing_leave_rounding_to_the_nearest() -> None:
