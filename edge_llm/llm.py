@@ -6,16 +6,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self, Unpack, cast
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
-from edge_llm.caching.prefixes import common_length
+from edge_llm.caching.prefixes import Snapshot, common_length
 from edge_llm.calls import Calls
 from edge_llm.engine.scoring import Distributions
-from edge_llm.engine.sessions import Baking, LoadSession, SaveSession
+from edge_llm.engine.sessions import (
+    Baking,
+    LoadSession,
+    SaveSession,
+    read_session,
+    write_session,
+)
 from edge_llm.engine.statistics import EngineStats
 from edge_llm.errors import ArgumentError, ContextLengthError, SessionError
 from edge_llm.manifest import Manifest
@@ -191,20 +197,22 @@ class LLM(Calls):
         tokens = self._model.prompt_tokens(prefix, "prefix")
         if len(tokens) > self.context:
             raise ContextLengthError(len(tokens), 0, self.context)
-        entry = self._model.execute(Baking(tokens, progress=on_prompt))
+        held = self._model.execute(Baking(tokens, progress=on_prompt))
+        assert isinstance(held, Snapshot)
+        entry = prefixes.bake(held)
         if entry is None:
             raise SessionError(
                 f"Nothing was baked into {str(prefixes.path)!r}.",
                 "Choose another folder, free some disk space, or raise prefix_cache_limit.",
             )
-        assert isinstance(entry, Path)
         return entry
 
     def save_session(self, path: str | os.PathLike[str]) -> int:
         """Write what is computed of the last conversation to a file.
 
         Another process, or this one after other requests, goes on from there with
-        :meth:`load_session`. The messages are the caller's to keep.
+        :meth:`load_session`. The messages are the caller's to keep. Other requests wait only while
+        it is copied in memory, not for the disk; when this returns, it is on the disk.
 
         Args:
             path: The file, which is replaced. It holds the conversation's tokens in the clear.
@@ -217,8 +225,11 @@ class LLM(Calls):
             ArgumentError: The model is another program's folder.
             OSError: The system refuses; what was there before is still there.
         """
-        count = self._model.execute(SaveSession(Path(path), self._model.owner))
-        return cast(int, count)
+        owner = self._model.owner
+        held = self._model.execute(SaveSession())
+        assert isinstance(held, Snapshot)
+        write_session(Path(path), owner, held)
+        return len(held.tokens)
 
     def load_session(self, path: str | os.PathLike[str]) -> int:
         """Take up a conversation that :meth:`save_session` wrote, so that none of it is computed.
@@ -235,8 +246,10 @@ class LLM(Calls):
             ArgumentError: The model is another program's folder.
             OSError: The file cannot be read.
         """
-        count = self._model.execute(LoadSession(Path(path), self._model.owner))
-        return cast(int, count)
+        self._model.engine.check_usable()
+        saved = read_session(Path(path), self._model.owner)
+        self._model.execute(LoadSession(saved, path))
+        return len(saved.tokens)
 
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""

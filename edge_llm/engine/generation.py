@@ -158,6 +158,7 @@ class Generation(Job):
         prompt = self._request.prompt
         self._reuse = slot.recall(self.prompt)
         logits = yield from feed_prompt(slot, prompt, self._progress)
+        slot.offer(prompt, computed=len(prompt) - self._reuse.tokens)
         self._clock.prompted = time.perf_counter()
         while True:
             slot.drop(self.consume(logits))

@@ -76,11 +76,10 @@ def feed_prompt(
     Returns:
         The last token's logits, float32 [1, vocab].
     """
-    reused, logits = slot.length, None
+    logits = None
     while logits is None:
         progress(slot.length)
         logits = yield Feed(prompt[slot.length :])
-    slot.offer(prompt, computed=len(prompt) - reused)
     return logits
 
 

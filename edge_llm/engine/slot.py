@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.caching.prefixes import Offer, PrefixCache, common_length
-from edge_llm.caching.state_file import SavedState, write_state
+from edge_llm.caching.prefixes import Offer, PrefixCache, Snapshot, common_length
+from edge_llm.caching.state_file import SavedState
 from edge_llm.results import PrefixBreak
 from edge_llm.runtime.decoder import StateCache
 
@@ -149,29 +148,12 @@ class Slot:
         if self._offer is not None:
             self._offer.write()
 
-    def bake(self) -> Path | None:
-        """Write all that the row holds to the prefix cache, to last; None where that fails."""
-        assert self._prefixes is not None
-        return self._prefixes.bake(self._cache, self.row, self.held)
-
-    def save(self, path: Path, owner: str) -> int:
-        """Write all that the row holds to a file of its own.
-
-        Args:
-            path: Where to.
-            owner: See :func:`~edge_llm.states.state_owner`.
-
-        Returns:
-            How many tokens that are.
-
-        Raises:
-            OSError: The system refuses.
-        """
-        write_state(path, owner, self.held, self._cache.read_row(self.row, self.length))
-        return self.length
+    def snapshot(self) -> Snapshot:
+        """A copy of all that the row holds."""
+        return Snapshot.of(self._cache, self.row, self.held)
 
     def load(self, saved: SavedState) -> bool:
-        """Put what :meth:`save` wrote into the row; False where it does not fit into this cache."""
+        """Put what was once a row's into this one; False where it does not fit into this cache."""
         length = len(saved.tokens)
         if not self._cache.accepts(length, saved.arrays):
             return False
