@@ -8,13 +8,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.caching.background import Background
 from edge_llm.caching.folder import CacheFolder
 from edge_llm.caching.state_file import (
     DoubtfulFileError,
@@ -27,7 +30,7 @@ from edge_llm.caching.state_file import (
 if TYPE_CHECKING:
     from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["LIMIT", "Offer", "PrefixCache", "Snapshot", "common_length"]
+__all__ = ["LIMIT", "Found", "Offer", "PrefixCache", "Snapshot", "common_length"]
 
 log = logging.getLogger("edge_llm")
 
@@ -72,6 +75,21 @@ class Snapshot:
         return cls(cache, tokens.copy(), {name: view.copy() for name, view in views.items()})
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a prefix cache has of a prompt.
+
+    Attributes:
+        closest: int32 [tokens], those of the entry that has most in common with the prompt.
+        length: Tokens of the prompt that can be put into a row, or 0.
+        arrays: The state behind them, of a file that was verified, and so read, just now.
+    """
+
+    closest: NDArray[np.int32]
+    length: int = 0
+    arrays: Arrays | None = None
+
+
 class PrefixCache:
     """The prefixes of one model in a folder that processes share.
 
@@ -97,28 +115,40 @@ class PrefixCache:
         # Tokens by entry's name, as far as they were read; None of an entry that is no good.
         self._tokens: dict[str, NDArray[np.int32] | None] = {}
         self._lock = threading.Lock()
+        self._reading = Background("edge_llm-prefixes-reading")
         self._writer: threading.Thread | None = None
 
-    def restore(
-        self, cache: StateCache, row: int, prompt: NDArray[np.int64], *, beyond: int
-    ) -> int:
-        """Put into a row the longest prefix of a prompt that there is, if that is worth it.
+    def seek(
+        self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int
+    ) -> Future[Found] | None:
+        """Have :meth:`look_up` done beside the engine's thread.
+
+        Returns:
+            None where nothing that may be there is worth reading, or no thread is left to read it.
+        """
+        if not _pays(len(prompt) - 2, beyond):
+            return None
+        try:
+            return self._reading.submit(partial(self.look_up, cache, prompt, beyond=beyond))
+        except RuntimeError as error:
+            log.debug("nothing is read: %s", error)
+            return None
+
+    def look_up(self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int) -> Found:
+        """Read the longest prefix of a prompt that there is, if that is worth it.
 
         The prompt's last two tokens are left to be computed, see
         :meth:`~edge_llm.engine.slot.Slot.rewind`.
 
         Args:
-            cache: The decoder's state.
-            row: Which row to overwrite.
+            cache: The decoder's state, of which nothing but its shape is looked at.
             prompt: int64 [tokens].
-            beyond: Tokens of the prompt that the row holds.
-
-        Returns:
-            Tokens that the row now holds; 0 where it was left as it is.
+            beyond: Tokens of the prompt that a row holds.
         """
+        closest = self.closest(prompt)
         for name, common in self._ranked(prompt[:-2]):
-            if common - beyond <= READING * common:
-                return 0
+            if not _pays(common, beyond):
+                break
             saved = self._open(name)
             if saved is None or not np.array_equal(saved.tokens[:common], prompt[:common]):
                 continue
@@ -129,9 +159,8 @@ class PrefixCache:
                 except DoubtfulFileError as error:
                     self._discard(name, error)
                     continue
-                cache.write_row(row, common, arrays)
-                return common
-        return 0
+                return Found(closest, common, arrays)
+        return Found(closest)
 
     def closest(self, prompt: NDArray[np.int64]) -> NDArray[np.int32]:
         """The tokens, int32, of the entry that has most in common with a prompt."""
@@ -353,6 +382,11 @@ class Offer:
         finally:
             self._read.set()
         self._prefixes.write(held)
+
+
+def _pays(common: int, beyond: int) -> bool:
+    """Whether to read so many tokens is better than to compute those that are not at hand."""
+    return common - beyond > READING * common
 
 
 def common_length(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

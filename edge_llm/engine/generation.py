@@ -156,7 +156,7 @@ class Generation(Job):
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
         prompt = self._request.prompt
-        self._reuse = slot.recall(self.prompt)
+        self._reuse = yield from slot.recall(self.prompt)
         logits = yield from feed_prompt(slot, prompt, self._progress)
         slot.offer(prompt, computed=len(prompt) - self._reuse.tokens)
         self._clock.prompted = time.perf_counter()

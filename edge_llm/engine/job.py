@@ -9,8 +9,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,8 @@ class Feed:
         drafts: Guesses at what follows. The engine feeds as many of the first ones as pay, and
             gives logits for each.
         chance: Of each draft to come true, if the one before it did.
+        until: What has to be done first, by another thread. Then there are no tokens: the engine
+            goes on with other jobs meanwhile, and sends None once it is done.
     """
 
     tokens: Sequence[int] | NDArray[np.int64]
@@ -52,15 +55,23 @@ class Feed:
     exact: bool = False
     drafts: Sequence[int] = ()
     chance: float = 0.0
+    until: Future[Any] | None = None
 
     @property
     def single(self) -> bool:
         """Whether this is the next token of an answer, which a step computes for many rows."""
         return len(self.tokens) == 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to feed yet."""
+        return self.until is not None and not self.until.done()
+
 
 Steps = Generator[Feed, NDArray[np.float32] | None, None]
-"""A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab]."""
+"""A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab].
+
+What it runs itself is memory and arithmetic; for the disk it waits with :attr:`Feed.until`."""
 
 
 def feed_prompt(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.engine.job import Feed, Job, Steps
+from edge_llm.engine.job import POLL_SECONDS, Feed, Job, Steps
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import Slots
 from edge_llm.engine.statistics import EngineStats, Recorder
@@ -85,6 +85,7 @@ class Engine:
         self._recorder = Recorder()
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
+        self._news = False  # what waits for a row, or for the disk, has to be looked at again
         self._thread: threading.Thread | None = None
         self._calling = ""  # the option whose function the engine's thread may be in
 
@@ -114,7 +115,7 @@ class Engine:
                 thread.start()  # where the system has none left, the next request tries again
                 self._thread = thread
             self._waiting.add(job, free=self._size - len(self._running))
-            self._changed.notify_all()
+            self._wake()
 
     def abandon(self, job: Job) -> None:
         """End a job whose results nobody will read; one that has ended already stays as it is."""
@@ -175,7 +176,7 @@ class Engine:
             for one in self._running:
                 one.job.abandon()
             self._end_step()
-            self._changed.notify_all()
+            self._wake()
             thread = self._thread
         for job in waiting:
             self._drop(job, ClosedError("The model was closed while the request waited."))
@@ -183,6 +184,12 @@ class Engine:
             self._model = None
         elif thread is not threading.current_thread():
             thread.join()
+
+    def _wake(self) -> None:
+        """Something has happened that the engine's thread may have waited for."""
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
 
     def _end_step(self) -> None:
         """End the running step if nobody wants it any more; the lock is held."""
@@ -254,8 +261,11 @@ class Engine:
     def _gather(self, slots: Slots) -> bool:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
         with self._changed:
-            while not self._waiting and not self._running and not self._closed.is_set():
-                self._changed.wait()
+            while not self._news and all(one.feed.waits for one in self._running):
+                # Those that wait for the disk may have to end before it answers.
+                if not self._changed.wait(POLL_SECONDS if self._running else None):
+                    break
+            self._news = False
             waiting = list(self._waiting)
         admitted = [one for job in waiting if (one := self._admit(job, slots)) is not None]
         for one in admitted:
@@ -295,8 +305,11 @@ class Engine:
         for one in list(self._running):
             if one.job.ended():
                 self._end_early(one)
-        answering = [one for one in self._running if one.feed.single]
-        prompting = [one for one in self._running if not one.feed.single]
+            elif one.feed.until is not None and not one.feed.waits:
+                self._advance(one, None)
+        ready = [one for one in self._running if one.feed.until is None]
+        answering = [one for one in ready if one.feed.single]
+        prompting = [one for one in ready if not one.feed.single]
         if answering:
             if len(answering) > 1:
                 model.slots.close_gap([one.slot for one in answering])
@@ -353,6 +366,8 @@ class Engine:
         self._calling = one.job.callback
         try:
             one.feed = one.steps.send(logits)
+            if one.feed.until is not None:
+                one.feed.until.add_done_callback(lambda _: self._wake())
         except StopIteration:
             self._end(one)
         except BaseException as error:
@@ -376,6 +391,7 @@ class Engine:
             assert self._model is not None
             self._model.slots.release(one.slot)
             self._running.remove(one)
+            self._wake()
             if error is None and self._closed.is_set():
                 error = ClosedError("The model was closed during the request.")
         self._tell(one.job, error)

@@ -44,7 +44,7 @@ class Baking(Job):
 
     def steps(self, slot: Slot) -> Steps:
         """Compute what is at hand nowhere, and copy all."""
-        slot.recall(self.prompt)
+        yield from slot.recall(self.prompt)
         yield from feed_prompt(slot, self.prompt, self._tell)
         self.put(slot.snapshot())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge_llm.caching.prefixes import Offer, PrefixCache, Snapshot, common_length
 from edge_llm.caching.state_file import SavedState
+from edge_llm.engine.job import Feed
 from edge_llm.results import PrefixBreak
 from edge_llm.runtime.decoder import StateCache
 
@@ -85,18 +86,30 @@ class Slot:
         self._withdraw()
         return self._cache.truncate(self.row, self.reusable(prompt))
 
-    def recall(self, prompt: NDArray[np.int64]) -> Reuse:
-        """Do as :meth:`rewind`, and take more of the prompt from the prefix cache if it is there.
+    def recall(
+        self, prompt: NDArray[np.int64]
+    ) -> Generator[Feed, NDArray[np.float32] | None, Reuse]:
+        """Steps that do as :meth:`rewind`, and take more from the prefix cache if it is there.
 
         Args:
             prompt: int64 [tokens].
         """
         known: list[NDArray[np.integer]] = [self.held.copy()]
         reused, loaded = self.rewind(prompt), 0
+        search = None
         if self._prefixes is not None:
-            known.append(self._prefixes.closest(prompt))
-            loaded = self._prefixes.restore(self._cache, self.row, prompt, beyond=reused)
-            self._held[:loaded] = prompt[:loaded]
+            search = self._prefixes.seek(self._cache, prompt, beyond=reused)
+        if search is not None:
+            try:
+                yield Feed((), until=search)
+            finally:
+                search.cancel()  # the job may have been ended meanwhile
+            found = search.result()
+            known.append(found.closest)
+            if found.arrays is not None:
+                loaded = found.length
+                self._cache.write_row(self.row, loaded, found.arrays)
+                self._held[:loaded] = prompt[:loaded]
         return Reuse(loaded or reused, loaded, _first_break(prompt, known))
 
     def reusable(self, prompt: NDArray[np.int64]) -> int:

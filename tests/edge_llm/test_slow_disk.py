@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from edge_llm import LLM
+from edge_llm import LLM, Completion
 from edge_llm.caching import prefixes
+from edge_llm.caching.background import Background
 from edge_llm.caching.state_file import SavedState
 from edge_llm.engine import sessions
-from tests.edge_llm.test_engine import LONG, Call, within
+from edge_llm.errors import ClosedError
+from tests.edge_llm.test_engine import LONG, Call, until, within
 
 PROMPT = list(range(10, 70))
 STREAM: dict[str, Any] = {"max_tokens": 40, "min_tokens": 40, "temperature": 0}
@@ -48,7 +51,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prefixes, "WORTH", 8)
     for module in (prefixes, sessions):
-        monkeypatch.setattr(module, "write_state", disk.slow(module.write_state))  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "write_state", disk.slow(module.write_state))
     monkeypatch.setattr(SavedState, "verify", disk.slow(SavedState.verify))
     yield disk
     disk.open.set()
@@ -142,3 +145,134 @@ def test_streams_go_on_while_prefixes_are_written(
             goes_on(llm, begun(llm))
         disk.open.set()
     assert len(list(folder.glob("[!.]*"))) == 2
+
+
+@pytest.fixture
+def baked(disk: Disk, tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A folder with a prefix in it; the disk stands still when it is to be read."""
+    folder = tmp_path / "baked"
+    with LLM(tiny_bundle, prefix_cache=folder) as llm:
+        llm.bake(PROMPT)
+    disk.stop()
+    return folder
+
+
+def test_streams_go_on_while_a_prefix_is_read(disk: Disk, tiny_bundle: Path, baked: Path) -> None:
+    with LLM(tiny_bundle) as llm:
+        plain = llm.generate([*PROMPT, 5, 6], **STREAM)
+    with LLM(tiny_bundle, slots=3, prefix_cache=baked) as llm:
+        stream = begun(llm)
+        asking = Call(lambda: llm.generate([*PROMPT, 5, 6], **STREAM))
+        assert disk.reached.wait(LONG)
+        goes_on(llm, stream)
+        # One that begins alike waits for what is being read; then it is in memory.
+        alike = Call(lambda: llm.generate([*PROMPT, 7, 8], **STREAM))
+        until(lambda: llm.stats().waiting == 1)
+        goes_on(llm, begun(llm))
+        assert llm.stats().running == 1
+        disk.open.set()
+        answer, other = asking.result(), alike.result()
+        assert isinstance(answer, Completion)
+        assert isinstance(other, Completion)
+        assert (answer.tokens, answer.usage.reused_from_disk) == (plain.tokens, len(PROMPT))
+        assert (other.usage.reused_tokens, other.usage.reused_from_disk) == (len(PROMPT), 0)
+
+
+def test_what_memory_holds_is_not_looked_for_on_the_disk(
+    disk: Disk, tiny_bundle: Path, baked: Path
+) -> None:
+    with LLM(tiny_bundle, slots=1, prefix_cache=baked) as llm:
+        disk.open.set()
+        assert llm.generate(PROMPT, **STREAM).usage.reused_from_disk == len(PROMPT) - 2
+        disk.stop()
+        assert within(lambda: llm.generate(PROMPT, **STREAM)).usage.reused_from_disk == 0
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout", "close"])
+def test_who_waits_for_the_disk_can_be_ended(
+    how: str, disk: Disk, tiny_bundle: Path, baked: Path
+) -> None:
+    with LLM(tiny_bundle, slots=1, prefix_cache=baked) as llm:
+        cancel = threading.Event()
+        timeout = 0.2 if how == "timeout" else None
+        stream = llm.stream([*PROMPT, 5, 6], cancel=cancel, timeout=timeout)
+        asking = Call(lambda: list(stream))
+        assert disk.reached.wait(LONG)
+        if how == "close":
+            within(llm.close)
+            with pytest.raises(ClosedError):
+                asking.result()
+            return
+        if how == "cancel":
+            cancel.set()
+        # Its row is free for the next one.
+        assert within(lambda: llm.generate([5, 6], **STREAM)).finish_reason == "length"
+        chunks = asking.result()
+        assert isinstance(chunks, list)
+        assert chunks[-1].finish_reason == ("cancelled" if how == "cancel" else "timeout")
+        assert chunks[-1].usage.reused_tokens == 0
+        # What was asked for is read once the disk answers, and harms nobody.
+        disk.open.set()
+        again = llm.generate([*PROMPT, 5, 6], **STREAM)
+        assert again.usage.reused_from_disk == len(PROMPT)
+
+
+def test_one_whose_caller_does_not_look_ends_too(
+    disk: Disk, tiny_bundle: Path, baked: Path
+) -> None:
+    with LLM(tiny_bundle, slots=1, prefix_cache=baked) as llm:
+        prompt = np.array([*PROMPT, 5, 6], np.int64)
+        llm._model.engine.submit(llm._model.generation(prompt, {"timeout": 0.2}, stream=True))
+        assert disk.reached.wait(LONG)
+        assert within(lambda: llm.generate([5, 6], **STREAM)).finish_reason == "length"
+
+
+def test_an_error_of_the_disk_reaches_its_own_request(
+    tiny_bundle: Path, baked: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(saved: SavedState) -> None:
+        raise MemoryError("no room to read")
+
+    with LLM(tiny_bundle, slots=2, prefix_cache=baked) as llm:
+        stream = begun(llm)
+        with monkeypatch.context() as patched:
+            patched.setattr(SavedState, "verify", fail)
+            with pytest.raises(MemoryError, match="no room to read"):
+                within(lambda: llm.generate([*PROMPT, 5, 6], **STREAM))
+        goes_on(llm, stream)
+
+
+def test_a_system_without_a_thread_left_computes(
+    tiny_bundle: Path, baked: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("edge_llm-prefixes"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    disk.open.set()
+    with LLM(tiny_bundle, prefix_cache=baked) as llm:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert within(lambda: llm.generate([*PROMPT, 5, 6], **STREAM)).usage.reused_tokens == 0
+        monkeypatch.undo()
+        other = [*PROMPT[:40], *range(100, 140)]
+        assert within(lambda: llm.generate(other, **STREAM)).usage.reused_tokens == 40
+
+
+def test_background_work_is_done_in_order_and_what_was_cancelled_is_not() -> None:
+    gate, background = threading.Event(), Background("test")
+    done: list[int] = []
+    first = background.submit(lambda: gate.wait(LONG))
+    others = [background.submit(partial(done.append, i)) for i in range(3)]
+    failing = background.submit(lambda: divmod(1, 0))
+    last = background.submit(threading.get_ident)
+    assert others[1].cancel()
+    gate.set()
+    with pytest.raises(ZeroDivisionError):
+        failing.result(LONG)
+    assert (first.result(LONG), done) == (True, [0, 2])
+    assert last.result(LONG) != threading.get_ident()
+    until(lambda: all(thread.name != "test" for thread in threading.enumerate()))
+    assert background.submit(lambda: 5).result(LONG) == 5
