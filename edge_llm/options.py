@@ -63,9 +63,11 @@ class LoadOptions(TypedDict, total=False):
             model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
             ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
             then.
-        on_request: Called with a :class:`~edge_llm.results.RequestReport` when a request has ended,
-            mostly on the engine's thread: it must be quick, for all requests wait for it, and what
-            it raises is only logged.
+        on_request: Called once for each request, with a
+            :class:`~edge_llm.results.RequestReport`, when it has ended in whatever way or was
+            refused because the queue is full: mostly on the engine's thread, so it must be quick,
+            for all requests wait for it. What it raises is only logged. (Arguments that are refused
+            make no request, and neither does a model that was closed.)
         verify: Compare every file's SHA-256 first.
     """
 

@@ -140,6 +140,7 @@ class Job(ABC):
         self._cancel = cancel
         self._deadline = None if timeout is None else self.created + timeout
         self._abandoned = False
+        self._stopped: FinishReason | None = None
         self._results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     @abstractmethod
@@ -150,9 +151,15 @@ class Job(ABC):
     def interrupted(self) -> None:
         """Put the last result after the work was ended early, or before it began."""
 
+    def stop(self) -> None:
+        """End the work early, or before it began; raises what :meth:`interrupted` raises."""
+        self._stopped = self.ended() or "cancelled"
+        self.interrupted()
+
     def report(self, error: BaseException | None) -> RequestReport:
         """How the work ended, for whoever keeps count."""
-        return RequestReport(kind=self.kind, error=error)
+        reason = self._stopped if error is None else None
+        return RequestReport(kind=self.kind, finish_reason=reason, error=error)
 
     def waited(self) -> float:
         """Seconds since the job was made."""

@@ -18,7 +18,14 @@ from edge_llm.engine.slots import Slots
 from edge_llm.engine.statistics import EngineStats, Recorder
 from edge_llm.engine.stepper import Stepper
 from edge_llm.engine.waiting import WaitingJobs
-from edge_llm.errors import ArgumentError, ClosedError, EdgeLLMError, ForkError, RuntimeFailure
+from edge_llm.errors import (
+    ArgumentError,
+    ClosedError,
+    EdgeLLMError,
+    ForkError,
+    QueueFullError,
+    RuntimeFailure,
+)
 from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
@@ -105,6 +112,14 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job, whose results can be read then; the errors are those of :meth:`execute`."""
+        try:
+            self.offer(job)
+        except QueueFullError as error:
+            self._tell(job, error)
+            raise
+
+    def offer(self, job: Job) -> None:
+        """:meth:`submit` a job that is offered again where the queue is full: nobody is told."""
         self.check_usable()  # in a forked child the lock may never be released
         with self._changed:
             self.check_usable()
@@ -204,7 +219,7 @@ class Engine:
                 return False
         if error is None:
             try:
-                job.interrupted()
+                job.stop()
             except BaseException as failure:
                 error = failure
         self._tell(job, error)
@@ -377,7 +392,7 @@ class Engine:
     def _end_early(self, one: _Running) -> None:
         try:
             one.steps.close()
-            one.job.interrupted()
+            one.job.stop()
         except BaseException as error:
             self._end(one, error)
         else:
