@@ -260,7 +260,13 @@ class LLM(Calls):
         return self._model.tokenizer.decode(tokens, skip_special=skip_special)
 
     def close(self) -> None:
-        """End running requests and free the model; may be called again."""
+        """End running requests with a ClosedError and free the model; may be called again.
+
+        What computes is ended in the middle. A function of yours that a request is in
+        (``logits_hook``, ``on_request``) is waited for, but for no more than 5 seconds: then all
+        requests end without it, and the model is freed once it returns. A prompt that is being
+        written to the prefix cache is written to its end.
+        """
         self._model.finalizer()
 
     def __enter__(self) -> Self:

@@ -188,9 +188,10 @@ class Job(ABC):
             self.notify()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Tell the caller that there is no more, or that the work failed."""
-        self.finished = True
-        self.put(_End(error))
+        """Tell the caller that there is no more, or that the work failed; the first time counts."""
+        if not self.finished:
+            self.finished = True
+            self.put(_End(error))
 
     def results(self, interrupt: Callable[[], None]) -> Iterator[object]:
         """The results in order, as they come.
