@@ -109,20 +109,23 @@ class LLM(Calls):
         *,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> Score:
         """How likely the model finds a text.
 
         Args:
             text: Text, or tokens as they are.
             cancel: An event that ends the work when it is set.
-            timeout: Seconds after which the work ends.
+            timeout: Seconds after which the work ends, waiting included.
+            priority: As of an answer: where requests wait, a higher one comes first.
 
         Raises:
             ContextLengthError: The text does not fit into the context.
             DeadlineError: The time was up.
             CancelledError: ``cancel`` was set.
+            QueueFullError: As many requests wait as may.
         """
-        job = self._model.scoring(text, cancel=cancel, timeout=timeout)
+        job = self._model.scoring(text, cancel=cancel, timeout=timeout, priority=priority)
         return job.score(self._model.execute(job))
 
     async def ascore(
@@ -131,9 +134,10 @@ class LLM(Calls):
         *,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> Score:
         """:meth:`score` for asyncio; cancelling the task ends the work."""
-        job = self._model.scoring(text, cancel=cancel, timeout=timeout)
+        job = self._model.scoring(text, cancel=cancel, timeout=timeout, priority=priority)
         return job.score(await self._model.aexecute(job))
 
     def logits(

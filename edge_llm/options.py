@@ -25,6 +25,7 @@ __all__ = [
     "cancel_event",
     "check_names",
     "integer",
+    "priority_level",
     "seconds",
 ]
 
@@ -210,7 +211,7 @@ def build_request(
         hook=_callable("logits_hook", options.get("logits_hook")),
         cancel=cancel_event(options.get("cancel")),
         timeout=seconds("timeout", options.get("timeout")),
-        priority=integer("priority", options.get("priority"), -MOST_PRIORITY, MOST_PRIORITY) or 0,
+        priority=priority_level(options.get("priority")),
         progress=_callable("on_prompt", options.get("on_prompt")) is not None,
         stream=stream,
     )
@@ -260,6 +261,15 @@ def seconds(name: str, value: object) -> float | None:
     if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
         raise ArgumentError(name, "a positive number of seconds", value)
     return float(value)  # type: ignore[arg-type]
+
+
+def priority_level(value: object) -> int:
+    """A request's priority; None is 0.
+
+    Raises:
+        ArgumentError: It is no integer, or out of bounds.
+    """
+    return integer("priority", value, -MOST_PRIORITY, MOST_PRIORITY) or 0
 
 
 def cancel_event(value: threading.Event | None) -> threading.Event | None:
