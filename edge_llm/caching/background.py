@@ -51,7 +51,6 @@ class Background:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            del one, future, work  # nothing is kept alive by a thread that waits
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next piece of work; None ends who asks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -259,6 +261,41 @@ def test_a_system_without_a_thread_left_computes(
         monkeypatch.undo()
         other = [*PROMPT[:40], *range(100, 140)]
         assert within(lambda: llm.generate(other, **STREAM)).usage.reused_tokens == 40
+
+
+# Tells which threads touch the files of a folder.
+AUDIT = """
+import sys, threading
+from edge_llm import LLM
+from edge_llm.caching import prefixes
+
+prefixes.WORTH = 8
+bundle, folder = sys.argv[1:]
+touching = {}
+
+def note(event, args):
+    if event.startswith(("open", "os.")) and args and folder in str(args[0]):
+        touching.setdefault(threading.current_thread().name, set()).add(event)
+
+sys.addaudithook(note)
+prompt = list(range(10, 70))
+for _ in range(2):
+    with LLM(bundle, slots=2, prefix_cache=folder, threads=1) as llm:
+        llm.bake(prompt[:40])
+        llm.generate([5, 6], max_tokens=1)
+        llm.generate(prompt, max_tokens=2)
+        llm.generate(prompt[::-1], max_tokens=2)
+        llm.save_session(folder + "/session")
+        llm.load_session(folder + "/session")
+print(*sorted(touching), sep=",")
+"""
+
+
+def test_the_engines_thread_touches_no_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", AUDIT, str(tiny_bundle), str(tmp_path / "own")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    threads = "MainThread,edge_llm-prefixes,edge_llm-prefixes-reading\n"
+    assert (done.stderr, done.stdout) == ("", threads)
 
 
 def test_background_work_is_done_in_order_and_what_was_cancelled_is_not() -> None:
