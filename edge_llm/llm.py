@@ -216,7 +216,8 @@ class LLM(Calls):
 
         Another process, or this one after other requests, goes on from there with
         :meth:`load_session`. The messages are the caller's to keep. Other requests wait only while
-        it is copied in memory, not for the disk; when this returns, it is on the disk.
+        it is copied, not for the disk; while it is written, the copy takes as much memory again as
+        it has in the cache. When this returns, it is on the disk.
 
         Args:
             path: The file, which is replaced. It holds the conversation's tokens in the clear.

@@ -57,7 +57,8 @@ class LoadOptions(TypedDict, total=False):
             compiled is used all the same. A tuning is looked for here first.
         prefix_cache: Keep the beginnings of prompts in this folder, in the clear, and take what is
             there in place of computing it (see :meth:`edge_llm.LLM.bake`). Without it nothing is
-            written, and what ``edge-llm bake`` has put into this user's cache folder is used.
+            written, and what ``edge-llm bake`` has put into this user's cache folder is used. While
+            one is written, a copy of what it has in the cache takes memory.
         prefix_cache_limit: Most bytes of that folder, or text such as "2GB"; what was used least
             recently goes. By default 1 GiB.
         memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
