@@ -199,7 +199,7 @@ class _Batch:
                     continue
             self._held.generation.notify = partial(self._news.put, self._made)
             try:
-                self._engine.submit(self._held.generation)
+                self._engine.offer(self._held.generation)
             except QueueFullError:
                 return  # others fill it; some time later there is room
             self._running[self._made] = self._held

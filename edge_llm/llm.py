@@ -6,16 +6,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self, Unpack, cast
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
-from edge_llm.caching.prefixes import common_length
+from edge_llm.caching.prefixes import Snapshot, common_length
 from edge_llm.calls import Calls
 from edge_llm.engine.scoring import Distributions
-from edge_llm.engine.sessions import Baking, LoadSession, SaveSession
+from edge_llm.engine.sessions import (
+    Baking,
+    LoadSession,
+    SaveSession,
+    read_session,
+    write_session,
+)
 from edge_llm.engine.statistics import EngineStats
 from edge_llm.errors import ArgumentError, ContextLengthError, SessionError
 from edge_llm.manifest import Manifest
@@ -103,20 +109,23 @@ class LLM(Calls):
         *,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> Score:
         """How likely the model finds a text.
 
         Args:
             text: Text, or tokens as they are.
             cancel: An event that ends the work when it is set.
-            timeout: Seconds after which the work ends.
+            timeout: Seconds after which the work ends, waiting included.
+            priority: As of an answer: where requests wait, a higher one comes first.
 
         Raises:
             ContextLengthError: The text does not fit into the context.
             DeadlineError: The time was up.
             CancelledError: ``cancel`` was set.
+            QueueFullError: As many requests wait as may.
         """
-        job = self._model.scoring(text, cancel=cancel, timeout=timeout)
+        job = self._model.scoring(text, cancel=cancel, timeout=timeout, priority=priority)
         return job.score(self._model.execute(job))
 
     async def ascore(
@@ -125,9 +134,10 @@ class LLM(Calls):
         *,
         cancel: threading.Event | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> Score:
         """:meth:`score` for asyncio; cancelling the task ends the work."""
-        job = self._model.scoring(text, cancel=cancel, timeout=timeout)
+        job = self._model.scoring(text, cancel=cancel, timeout=timeout, priority=priority)
         return job.score(await self._model.aexecute(job))
 
     def logits(
@@ -191,20 +201,23 @@ class LLM(Calls):
         tokens = self._model.prompt_tokens(prefix, "prefix")
         if len(tokens) > self.context:
             raise ContextLengthError(len(tokens), 0, self.context)
-        entry = self._model.execute(Baking(tokens, progress=on_prompt))
+        held = self._model.execute(Baking(tokens, progress=on_prompt))
+        assert isinstance(held, Snapshot)
+        entry = prefixes.bake(held)
         if entry is None:
             raise SessionError(
                 f"Nothing was baked into {str(prefixes.path)!r}.",
                 "Choose another folder, free some disk space, or raise prefix_cache_limit.",
             )
-        assert isinstance(entry, Path)
         return entry
 
     def save_session(self, path: str | os.PathLike[str]) -> int:
         """Write what is computed of the last conversation to a file.
 
         Another process, or this one after other requests, goes on from there with
-        :meth:`load_session`. The messages are the caller's to keep.
+        :meth:`load_session`. The messages are the caller's to keep. Other requests wait only while
+        it is copied, not for the disk; while it is written, the copy takes as much memory again as
+        it has in the cache. When this returns, it is on the disk.
 
         Args:
             path: The file, which is replaced. It holds the conversation's tokens in the clear.
@@ -217,8 +230,11 @@ class LLM(Calls):
             ArgumentError: The model is another program's folder.
             OSError: The system refuses; what was there before is still there.
         """
-        count = self._model.execute(SaveSession(Path(path), self._model.owner))
-        return cast(int, count)
+        owner = self._model.owner
+        held = self._model.execute(SaveSession())
+        assert isinstance(held, Snapshot)
+        write_session(Path(path), owner, held)
+        return len(held.tokens)
 
     def load_session(self, path: str | os.PathLike[str]) -> int:
         """Take up a conversation that :meth:`save_session` wrote, so that none of it is computed.
@@ -235,8 +251,10 @@ class LLM(Calls):
             ArgumentError: The model is another program's folder.
             OSError: The file cannot be read.
         """
-        count = self._model.execute(LoadSession(Path(path), self._model.owner))
-        return cast(int, count)
+        self._model.engine.check_usable()
+        saved = read_session(Path(path), self._model.owner)
+        self._model.execute(LoadSession(saved, path))
+        return len(saved.tokens)
 
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text; BOS comes in front where the model wants it, or as asked for."""
@@ -247,7 +265,13 @@ class LLM(Calls):
         return self._model.tokenizer.decode(tokens, skip_special=skip_special)
 
     def close(self) -> None:
-        """End running requests and free the model; may be called again."""
+        """End running requests with a ClosedError and free the model; may be called again.
+
+        What computes is ended in the middle. A function of yours that a request is in
+        (``logits_hook``, ``on_request``) is waited for, but for no more than 5 seconds: then all
+        requests end without it, and the model is freed once it returns. A prompt that is being
+        written to the prefix cache is written to its end.
+        """
         self._model.finalizer()
 
     def __enter__(self) -> Self:

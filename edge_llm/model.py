@@ -29,12 +29,7 @@ from edge_llm.engine.scoring import Scoring
 from edge_llm.engine.slots import Slots
 from edge_llm.engine.step_costs import StepCosts
 from edge_llm.engine.stepper import Stepper
-from edge_llm.errors import (
-    ArgumentError,
-    ContextLengthError,
-    ManifestError,
-    SlowKernelWarning,
-)
+from edge_llm.errors import ArgumentError, ContextLengthError, ManifestError, SlowKernelWarning
 from edge_llm.memory import MemoryEstimate, estimate_memory, fitting_context, parse_bytes
 from edge_llm.options import (
     GenerateOptions,
@@ -43,6 +38,7 @@ from edge_llm.options import (
     cancel_event,
     check_names,
     integer,
+    priority_level,
     seconds,
 )
 from edge_llm.results import Chunk, Completion, RequestReport
@@ -210,7 +206,7 @@ class Model:
         )
 
     def scoring(
-        self, text: Prompt, *, cancel: threading.Event | None, timeout: float | None
+        self, text: Prompt, *, cancel: threading.Event | None, timeout: float | None, priority: int
     ) -> Scoring:
         """The job that scores a text.
 
@@ -226,6 +222,7 @@ class Model:
             vocab=self.manifest.dims.vocab,
             cancel=cancel_event(cancel),
             timeout=seconds("timeout", timeout),
+            priority=priority_level(priority),
         )
 
     def complete(self, prompt: NDArray[np.int64], options: GenerateOptions) -> Completion:

@@ -25,6 +25,7 @@ __all__ = [
     "cancel_event",
     "check_names",
     "integer",
+    "priority_level",
     "seconds",
 ]
 
@@ -56,16 +57,19 @@ class LoadOptions(TypedDict, total=False):
             compiled is used all the same. A tuning is looked for here first.
         prefix_cache: Keep the beginnings of prompts in this folder, in the clear, and take what is
             there in place of computing it (see :meth:`edge_llm.LLM.bake`). Without it nothing is
-            written, and what ``edge-llm bake`` has put into this user's cache folder is used.
+            written, and what ``edge-llm bake`` has put into this user's cache folder is used. While
+            one is written, a copy of what it has in the cache takes memory.
         prefix_cache_limit: Most bytes of that folder, or text such as "2GB"; what was used least
             recently goes. By default 1 GiB.
         memory_limit: Most bytes, or text such as "512MB", that a process with nothing but this
             model may have resident (see :class:`~edge_llm.memory.MemoryEstimate`). Without
             ``context``, the longest that fits one slot is taken; without ``slots``, as many as fit
             then.
-        on_request: Called with a :class:`~edge_llm.results.RequestReport` when a request has ended,
-            mostly on the engine's thread: it must be quick, for all requests wait for it, and what
-            it raises is only logged.
+        on_request: Called once for each request, with a
+            :class:`~edge_llm.results.RequestReport`, when it has ended in whatever way or was
+            refused because the queue is full: mostly on the engine's thread, so it must be quick,
+            for all requests wait for it. What it raises is only logged. (Arguments that are refused
+            make no request, and neither does a model that was closed.)
         verify: Compare every file's SHA-256 first.
     """
 
@@ -208,7 +212,7 @@ def build_request(
         hook=_callable("logits_hook", options.get("logits_hook")),
         cancel=cancel_event(options.get("cancel")),
         timeout=seconds("timeout", options.get("timeout")),
-        priority=integer("priority", options.get("priority"), -MOST_PRIORITY, MOST_PRIORITY) or 0,
+        priority=priority_level(options.get("priority")),
         progress=_callable("on_prompt", options.get("on_prompt")) is not None,
         stream=stream,
     )
@@ -258,6 +262,15 @@ def seconds(name: str, value: object) -> float | None:
     if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
         raise ArgumentError(name, "a positive number of seconds", value)
     return float(value)  # type: ignore[arg-type]
+
+
+def priority_level(value: object) -> int:
+    """A request's priority; None is 0.
+
+    Raises:
+        ArgumentError: It is no integer, or out of bounds.
+    """
+    return integer("priority", value, -MOST_PRIORITY, MOST_PRIORITY) or 0
 
 
 def cancel_event(value: threading.Event | None) -> threading.Event | None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from edge_llm.errors import QueueFullError
+
 if TYPE_CHECKING:
     from edge_llm.decoding.sampling import TokenLogprob
 
@@ -13,6 +15,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "FinishReason",
+    "Outcome",
     "PrefixBreak",
     "RequestKind",
     "RequestReport",
@@ -23,6 +26,7 @@ __all__ = [
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 RequestKind = Literal["answer", "score", "logits", "session"]
+Outcome = Literal["finished", "cancelled", "timed_out", "refused", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,13 +157,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestReport:
-    """How a request ended, for whoever keeps count.
+    """How a request ended, for whoever keeps count: each that was handed over has one report.
 
     Attributes:
-        kind: What was asked for.
-        finish_reason: Of an answer that began; None of everything else.
-        usage: Tokens of an answer; None of everything else.
-        timings: Seconds of an answer; None of everything else.
+        kind: What was asked for. A session or prefix has ended when it is copied from the cache, or
+            into it: what the disk refuses is for the caller alone.
+        finish_reason: Why an answer ended; of everything else "cancelled", "timeout" or None. None
+            where there is an error.
+        usage: Tokens of an answer, as far as it came; None where it was refused, and of everything
+            else.
+        timings: Seconds of an answer, where there is usage.
         error: What was raised in place of a result.
     """
 
@@ -168,6 +175,15 @@ class RequestReport:
     usage: Usage | None = None
     timings: Timings | None = None
     error: BaseException | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, in a word: "refused" is for want of room in the queue."""
+        if self.error is not None:
+            return "refused" if isinstance(self.error, QueueFullError) else "failed"
+        if self.finish_reason == "timeout":
+            return "timed_out"
+        return "cancelled" if self.finish_reason == "cancelled" else "finished"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ class CacheFolder:
         self.limit = limit
         self._lasting = lasting
         self._writable = True
+        self._degrading = threading.Lock()
 
     def names(self) -> list[str]:
         """The names of all entries."""
@@ -169,8 +171,9 @@ class CacheFolder:
         _delete(hidden)
 
     def _degrade(self, error: OSError) -> None:
-        if self._writable:
-            self._writable = False
+        with self._degrading:
+            first, self._writable = self._writable, False
+        if first:
             warnings.warn(
                 f"The cache folder {str(self.path)!r} cannot be used: {error.strerror or error}. "
                 "Nothing more is kept there by this process.",
@@ -191,7 +194,10 @@ def write_through(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: The system refuses; nothing is left behind.
     """
-    stage = target.with_name(f".{target.name}.{os.getpid()}{STAGE}")
+    # Two threads may write to one place: each has a file of its own until one after the other is
+    # renamed.
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    stage = target.with_name(f".{target.name}.{own}{STAGE}")
     try:
         write(stage)
         _sync(stage)

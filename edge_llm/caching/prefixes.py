@@ -8,12 +8,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.caching.background import Background
 from edge_llm.caching.folder import CacheFolder
 from edge_llm.caching.state_file import (
     DoubtfulFileError,
@@ -26,7 +30,7 @@ from edge_llm.caching.state_file import (
 if TYPE_CHECKING:
     from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["LIMIT", "Offer", "PrefixCache", "common_length"]
+__all__ = ["LIMIT", "Found", "Offer", "PrefixCache", "Snapshot", "common_length"]
 
 log = logging.getLogger("edge_llm")
 
@@ -42,6 +46,48 @@ WORTH = 256
 READING = 1 / 16
 
 Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of what a row of the cache holds, for any thread to write while the row goes on.
+
+    Attributes:
+        cache: The decoder's state that it is from.
+        tokens: int64 [tokens].
+        arrays: See :meth:`~edge_llm.runtime.decoder.StateCache.read_row`.
+    """
+
+    cache: StateCache
+    tokens: NDArray[np.int64]
+    arrays: Arrays
+
+    @classmethod
+    def of(cls, cache: StateCache, row: int, tokens: NDArray[np.int64]) -> Snapshot:
+        """Copy a row.
+
+        Args:
+            cache: The decoder's state.
+            row: The row, which begins with the tokens.
+            tokens: int64 [tokens].
+        """
+        views = cache.read_row(row, len(tokens))
+        return cls(cache, tokens.copy(), {name: view.copy() for name, view in views.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a prefix cache has of a prompt.
+
+    Attributes:
+        closest: int32 [tokens], those of the entry that has most in common with the prompt.
+        length: Tokens of the prompt that can be put into a row, or 0.
+        arrays: The state behind them, of a file that was verified, and so read, just now.
+    """
+
+    closest: NDArray[np.int32]
+    length: int = 0
+    arrays: Arrays | None = None
 
 
 class PrefixCache:
@@ -69,28 +115,40 @@ class PrefixCache:
         # Tokens by entry's name, as far as they were read; None of an entry that is no good.
         self._tokens: dict[str, NDArray[np.int32] | None] = {}
         self._lock = threading.Lock()
+        self._reading = Background("edge_llm-prefixes-reading")
         self._writer: threading.Thread | None = None
 
-    def restore(
-        self, cache: StateCache, row: int, prompt: NDArray[np.int64], *, beyond: int
-    ) -> int:
-        """Put into a row the longest prefix of a prompt that there is, if that is worth it.
+    def seek(
+        self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int
+    ) -> Future[Found] | None:
+        """Have :meth:`look_up` done beside the engine's thread.
+
+        Returns:
+            None where nothing that may be there is worth reading, or no thread is left to read it.
+        """
+        if not _pays(len(prompt) - 2, beyond):
+            return None
+        try:
+            return self._reading.submit(partial(self.look_up, cache, prompt, beyond=beyond))
+        except RuntimeError as error:
+            log.debug("nothing is read: %s", error)
+            return None
+
+    def look_up(self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int) -> Found:
+        """Read the longest prefix of a prompt that there is, if that is worth it.
 
         The prompt's last two tokens are left to be computed, see
         :meth:`~edge_llm.engine.slot.Slot.rewind`.
 
         Args:
-            cache: The decoder's state.
-            row: Which row to overwrite.
+            cache: The decoder's state, of which nothing but its shape is looked at.
             prompt: int64 [tokens].
-            beyond: Tokens of the prompt that the row holds.
-
-        Returns:
-            Tokens that the row now holds; 0 where it was left as it is.
+            beyond: Tokens of the prompt that a row holds.
         """
+        closest = self.closest(prompt)
         for name, common in self._ranked(prompt[:-2]):
-            if common - beyond <= READING * common:
-                return 0
+            if not _pays(common, beyond):
+                break
             saved = self._open(name)
             if saved is None or not np.array_equal(saved.tokens[:common], prompt[:common]):
                 continue
@@ -101,9 +159,8 @@ class PrefixCache:
                 except DoubtfulFileError as error:
                     self._discard(name, error)
                     continue
-                cache.write_row(row, common, arrays)
-                return common
-        return 0
+                return Found(closest, common, arrays)
+        return Found(closest)
 
     def closest(self, prompt: NDArray[np.int64]) -> NDArray[np.int32]:
         """The tokens, int32, of the entry that has most in common with a prompt."""
@@ -130,21 +187,16 @@ class PrefixCache:
             length = len(prompt)
         return Offer(self, cache, row, prompt[:length].copy())
 
-    def bake(self, cache: StateCache, row: int, tokens: NDArray[np.int64]) -> Path | None:
+    def bake(self, held: Snapshot) -> Path | None:
         """Write a prefix that is to last, and wait until it is on the disk.
-
-        Args:
-            cache: The decoder's state.
-            row: The row, which holds the tokens and nothing more.
-            tokens: int64 [tokens].
 
         Returns:
             The entry, or None where the folder cannot be written or its limit is too low.
         """
-        name = self._name(tokens, baked=True)
+        name = self._name(held.tokens, baked=True)
         if self._folder.find(name) is not None and not self._is_sound(name):
             self._folder.remove(name)
-        return self._publish(name, tokens, cache, row, wait=True, done=lambda: None)
+        return self._publish(name, held, wait=True)
 
     def prune(self, limit: int | None = None) -> int:
         """Remove the entries beyond a limit in bytes, baked ones last; gives the bytes freed."""
@@ -172,61 +224,39 @@ class PrefixCache:
         if self._writer is not None and self._writer is not threading.current_thread():
             self._writer.join()
 
-    def write(
-        self, cache: StateCache, row: int, tokens: NDArray[np.int64], *, done: Callable[[], None]
-    ) -> None:
-        """Write a prefix, unless nearly all of it is there or another process is writing.
-
-        Args:
-            cache: The decoder's state.
-            row: The row, which begins with the tokens.
-            tokens: int64 [tokens].
-            done: Called when the row has been read.
-        """
+    def write(self, held: Snapshot) -> None:
+        """Write a prefix, unless nearly all of it is there or another process is writing."""
+        tokens = held.tokens
         for name, common in self._ranked(tokens):
             if len(tokens) - common >= WORTH:
                 break
             saved = self._open(name)
-            if saved is not None and cache.accepts(common, saved.cut(common)):
+            if saved is not None and held.cache.accepts(common, saved.cut(common)):
                 return
-        name = self._name(tokens, baked=False)
-        self._publish(name, tokens, cache, row, wait=False, done=done)
+        self._publish(self._name(tokens, baked=False), held, wait=False)
 
-    def _publish(
-        self,
-        name: str,
-        tokens: NDArray[np.int64],
-        cache: StateCache,
-        row: int,
-        *,
-        wait: bool,
-        done: Callable[[], None],
-    ) -> Path | None:
-        arrays = cache.read_row(row, len(tokens))
-
+    def _publish(self, name: str, held: Snapshot, *, wait: bool) -> Path | None:
         def write(stage: Path) -> None:
             started = time.perf_counter()
-            write_state(stage, self.owner, tokens, arrays)
-            done()
+            write_state(stage, self.owner, held.tokens, held.arrays)
             log.debug("wrote %s in %.3f s", name, time.perf_counter() - started)
 
         path = self._folder.publish(name, write, wait=wait)
         if path is not None:
             with self._lock:
-                self._tokens[name] = tokens.astype(np.int32)
-            self._supersede(name, tokens, cache, arrays)
+                self._tokens[name] = held.tokens.astype(np.int32)
+            self._supersede(name, held)
         return path
 
-    def _supersede(
-        self, name: str, tokens: NDArray[np.int64], cache: StateCache, arrays: Arrays
-    ) -> None:
+    def _supersede(self, name: str, new: Snapshot) -> None:
         """Remove the entries that the new one can stand for; baked ones stay."""
-        for other, common in self._ranked(tokens):
+        for other, common in self._ranked(new.tokens):
             held = self._tokens.get(other)
             if other == name or other.startswith(BAKED) or held is None:
                 continue
             length = len(held)
-            if common == length and cache.accepts(length, cut(arrays, len(tokens) - length)):
+            part = cut(new.arrays, len(new.tokens) - length)
+            if common == length and new.cache.accepts(length, part):
                 self._folder.remove(other)
 
     def _ranked(self, prompt: NDArray[np.int64]) -> list[tuple[str, int]]:
@@ -294,8 +324,9 @@ class PrefixCache:
 class Offer:
     """A prompt in a row of the cache, to be written when its answer is done.
 
-    It is written beside the engine's thread, straight from the row, in which only what comes behind
-    it may change meanwhile. Nothing here is called by two threads at once.
+    It is copied and written beside the engine's thread. While it is copied, only what comes behind
+    it may change in the row; nobody waits for the disk. Nothing here is called by two threads at
+    once.
 
     Args:
         prefixes: Where to.
@@ -342,14 +373,20 @@ class Offer:
         self._row = row
 
     def release(self) -> None:
-        """Wait until the row has been read: its beginning is about to change."""
+        """Wait until the row has been copied: its beginning is about to change."""
         self._read.wait()
 
     def _run(self) -> None:
         try:
-            self._prefixes.write(self._cache, self._row, self._tokens, done=self._read.set)
+            held = Snapshot.of(self._cache, self._row, self._tokens)
         finally:
             self._read.set()
+        self._prefixes.write(held)
+
+
+def _pays(common: int, beyond: int) -> bool:
+    """Whether to read so many tokens is better than to compute those that are not at hand."""
+    return common - beyond > READING * common
 
 
 def common_length(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

@@ -20,6 +20,7 @@ from edge_llm.decoding.sampling import (
 from edge_llm.decoding.speculation import PromptLookup
 from edge_llm.decoding.stops import StopMatcher
 from edge_llm.engine.job import NO_TOKENS, Feed, Job, Steps, feed_prompt
+from edge_llm.errors import QueueFullError
 from edge_llm.results import Chunk, FinishReason, RequestReport, Timings, Usage
 from edge_llm.text.streaming import Detokenizer
 
@@ -156,8 +157,9 @@ class Generation(Job):
         """Compute the prompt, then token after token."""
         self._clock.started = time.perf_counter()
         prompt = self._request.prompt
-        self._reuse = slot.recall(self.prompt)
+        self._reuse = yield from slot.recall(self.prompt)
         logits = yield from feed_prompt(slot, prompt, self._progress)
+        slot.offer(prompt, computed=len(prompt) - self._reuse.tokens)
         self._clock.prompted = time.perf_counter()
         while True:
             slot.drop(self.consume(logits))
@@ -262,31 +264,43 @@ class Generation(Job):
 
     def report(self, error: BaseException | None) -> RequestReport:
         """How the answer ended, for whoever keeps count."""
+        if isinstance(error, QueueFullError):
+            return super().report(error)
         last = self._last_part
-        if last is None or error is not None:
-            return RequestReport(kind=self.kind, error=error)
         return RequestReport(
-            kind=self.kind, finish_reason=last.reason, usage=last.usage, timings=last.timings
+            kind=self.kind,
+            finish_reason=last.reason if last and error is None else None,
+            usage=last.usage if last else self._usage(),
+            timings=last.timings if last else self._timings(),
+            error=error,
         )
 
     def _end(self, reason: FinishReason) -> None:
-        text, reuse = self._part.text, self._reuse
+        text = self._part.text
         self._last_part = replace(
             self._part,
             text=None if text is None else text + self._writer.flush(),
             reason=reason,
-            usage=Usage(
-                prompt_tokens=len(self._request.prompt),
-                reused_tokens=reuse.tokens if reuse else 0,
-                completion_tokens=self.answered,
-                drafted_tokens=self._drafted,
-                accepted_tokens=self._accepted,
-                reused_from_disk=reuse.from_disk if reuse else 0,
-                prefix_break=reuse.broken if reuse else None,
-            ),
-            timings=self._clock.timings(self._load_seconds, self.answered),
+            usage=self._usage(),
+            timings=self._timings(),
         )
         self.put(self._last_part)
+
+    def _usage(self) -> Usage:
+        """Tokens so far."""
+        reuse = self._reuse
+        return Usage(
+            prompt_tokens=len(self._request.prompt),
+            reused_tokens=reuse.tokens if reuse else 0,
+            completion_tokens=self.answered,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            reused_from_disk=reuse.from_disk if reuse else 0,
+            prefix_break=reuse.broken if reuse else None,
+        )
+
+    def _timings(self) -> Timings:
+        return self._clock.timings(self._load_seconds, self.answered)
 
 
 class _Writer:

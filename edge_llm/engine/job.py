@@ -9,8 +9,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,8 @@ class Feed:
         drafts: Guesses at what follows. The engine feeds as many of the first ones as pay, and
             gives logits for each.
         chance: Of each draft to come true, if the one before it did.
+        until: What has to be done first, by another thread. Then there are no tokens: the engine
+            goes on with other jobs meanwhile, and sends None once it is done.
     """
 
     tokens: Sequence[int] | NDArray[np.int64]
@@ -52,15 +55,23 @@ class Feed:
     exact: bool = False
     drafts: Sequence[int] = ()
     chance: float = 0.0
+    until: Future[Any] | None = None
 
     @property
     def single(self) -> bool:
         """Whether this is the next token of an answer, which a step computes for many rows."""
         return len(self.tokens) == 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to feed yet."""
+        return self.until is not None and not self.until.done()
+
 
 Steps = Generator[Feed, NDArray[np.float32] | None, None]
-"""A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab]."""
+"""A job in the engine's hands: gives feeds, and takes float32 [scored + drafts fed, vocab].
+
+What it runs itself is memory and arithmetic; for the disk it waits with :attr:`Feed.until`."""
 
 
 def feed_prompt(
@@ -76,11 +87,10 @@ def feed_prompt(
     Returns:
         The last token's logits, float32 [1, vocab].
     """
-    reused, logits = slot.length, None
+    logits = None
     while logits is None:
         progress(slot.length)
         logits = yield Feed(prompt[slot.length :])
-    slot.offer(prompt, computed=len(prompt) - reused)
     return logits
 
 
@@ -130,6 +140,7 @@ class Job(ABC):
         self._cancel = cancel
         self._deadline = None if timeout is None else self.created + timeout
         self._abandoned = False
+        self._stopped: FinishReason | None = None
         self._results: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     @abstractmethod
@@ -140,9 +151,15 @@ class Job(ABC):
     def interrupted(self) -> None:
         """Put the last result after the work was ended early, or before it began."""
 
+    def stop(self) -> None:
+        """End the work early, or before it began; raises what :meth:`interrupted` raises."""
+        self._stopped = self.ended() or "cancelled"
+        self.interrupted()
+
     def report(self, error: BaseException | None) -> RequestReport:
         """How the work ended, for whoever keeps count."""
-        return RequestReport(kind=self.kind, error=error)
+        reason = self._stopped if error is None else None
+        return RequestReport(kind=self.kind, finish_reason=reason, error=error)
 
     def waited(self) -> float:
         """Seconds since the job was made."""
@@ -171,9 +188,10 @@ class Job(ABC):
             self.notify()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Tell the caller that there is no more, or that the work failed."""
-        self.finished = True
-        self.put(_End(error))
+        """Tell the caller that there is no more, or that the work failed; the first time counts."""
+        if not self.finished:
+            self.finished = True
+            self.put(_End(error))
 
     def results(self, interrupt: Callable[[], None]) -> Iterator[object]:
         """The results in order, as they come.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.engine.job import Feed, Job, Steps
+from edge_llm.engine.job import POLL_SECONDS, Feed, Job, Steps
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import Slots
 from edge_llm.engine.statistics import EngineStats, Recorder
 from edge_llm.engine.stepper import Stepper
+from edge_llm.engine.thread import EngineThread
 from edge_llm.engine.waiting import WaitingJobs
-from edge_llm.errors import ArgumentError, ClosedError, EdgeLLMError, ForkError, RuntimeFailure
+from edge_llm.errors import ClosedError, EdgeLLMError, QueueFullError, RuntimeFailure
 from edge_llm.results import RequestReport
 from edge_llm.runtime.decoder import Decoder, Interrupted
 
@@ -29,6 +29,8 @@ log = logging.getLogger("edge_llm")
 # Of several prompts the one with the least left gets the next chunk, so that a short question need
 # not wait for a long document; but every so many chunks the oldest gets it, however long it is.
 OLDEST_EVERY = 4
+
+CLOSED = "The model was closed before the request had ended."
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +79,6 @@ class Engine:
         self._model: _Model | None = _Model(decoder, stepper, slots)
         self._size = len(slots.all)
         self._on_request = on_request
-        self._pid = os.getpid()
         self._waiting = WaitingJobs(queue_limit)
         self._running: list[_Running] = []
         self._stepping: Sequence[_Running] = ()
@@ -85,8 +86,10 @@ class Engine:
         self._recorder = Recorder()
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
-        self._thread: threading.Thread | None = None
-        self._calling = ""  # the option whose function the engine's thread may be in
+        self._news = False  # what waits for a row, or for the disk, has to be looked at again
+        self._thread = EngineThread()
+        # Whose end on_request is being told of on the engine's thread, and its error.
+        self._telling: Sequence[tuple[Job, BaseException | None]] = ()
 
     def execute(self, job: Job) -> Generator[object, None, None]:
         """Queue a job and give its results as they come; leaving early ends the job.
@@ -104,17 +107,20 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job, whose results can be read then; the errors are those of :meth:`execute`."""
+        try:
+            self.offer(job)
+        except QueueFullError as error:
+            self._tell(job, error)
+            raise
+
+    def offer(self, job: Job) -> None:
+        """:meth:`submit` a job that is offered again where the queue is full: nobody is told."""
         self.check_usable()  # in a forked child the lock may never be released
         with self._changed:
             self.check_usable()
-            if self._thread is None:
-                # A daemon, for Python waits for other threads before it runs exit handlers: it is
-                # the exit handler that ends this thread and waits for it.
-                thread = threading.Thread(target=self._loop, name="edge_llm-engine", daemon=True)
-                thread.start()  # where the system has none left, the next request tries again
-                self._thread = thread
+            self._thread.start(self._loop)
             self._waiting.add(job, free=self._size - len(self._running))
-            self._changed.notify_all()
+            self._wake()
 
     def abandon(self, job: Job) -> None:
         """End a job whose results nobody will read; one that has ended already stays as it is."""
@@ -127,7 +133,7 @@ class Engine:
         A waiting one ends at once; one that works behind this step, or inside it where nobody else
         waits for the step.
         """
-        if os.getpid() != self._pid:
+        if self._thread.forked:
             return
         if not self._drop(job):
             with self._changed:
@@ -138,25 +144,11 @@ class Engine:
 
         Raises:
             ClosedError: The engine was closed.
-            ForkError: This process was forked from the one that loaded the model.
-            ArgumentError: A function of the caller's that runs inside a request asks for another.
+            EdgeLLMError: See :meth:`~edge_llm.engine.thread.EngineThread.check_others`.
         """
         if self._closed.is_set():
             raise ClosedError("The model is closed.", "Load it again with LLM(path).")
-        if os.getpid() != self._pid:
-            raise ForkError(
-                "The model was loaded before this process was forked; its threads do not exist "
-                "here.",
-                "Load the model in the child, or start children with "
-                'multiprocessing.get_context("spawn").',
-            )
-        if threading.current_thread() is self._thread:
-            raise ArgumentError(
-                self._calling,
-                "a function that does not ask the model which is waiting for it",
-                "one that does",
-                "Load a second model for it.",
-            )
+        self._thread.check_others()
 
     def stats(self) -> EngineStats:
         """What the engine has done and is doing."""
@@ -166,23 +158,37 @@ class Engine:
             )
 
     def close(self) -> None:
-        """End all jobs and the thread; may be called again, and from any thread."""
-        if os.getpid() != self._pid:
+        """End all jobs and the thread; may be called again, and from any thread.
+
+        A caller's function that does not return is left behind after a while: then the callers hear
+        of the end at once, and the rest is done when it does return.
+        """
+        if self._thread.forked:
             return
         with self._changed:
             self._closed.set()
-            waiting = list(self._waiting)
             for one in self._running:
                 one.job.abandon()
             self._end_step()
+            self._wake()
+            if not self._thread.started:
+                self._model = None
+        if not self._thread.join(lambda: self._stepping):
+            self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        """End all jobs for their callers, while the engine's thread does not come back."""
+        log.warning("the model was closed, but %s has not returned", self._thread.calling)
+        with self._changed:
+            others = [*(one.job for one in self._running), *self._waiting]
+        for job, error in (*self._telling, *((job, ClosedError(CLOSED)) for job in others)):
+            job.finish(error)
+
+    def _wake(self) -> None:
+        """Something has happened that the engine's thread may have waited for."""
+        with self._changed:
+            self._news = True
             self._changed.notify_all()
-            thread = self._thread
-        for job in waiting:
-            self._drop(job, ClosedError("The model was closed while the request waited."))
-        if thread is None:
-            self._model = None
-        elif thread is not threading.current_thread():
-            thread.join()
 
     def _end_step(self) -> None:
         """End the running step if nobody wants it any more; the lock is held."""
@@ -190,25 +196,25 @@ class Engine:
             assert self._model is not None
             self._model.decoder.interrupt()
 
-    def _drop(self, job: Job, error: BaseException | None = None) -> bool:
-        """End a job that waits; False where it does not."""
+    def _drop(self, job: Job) -> bool:
+        """End a job that waits; False where it does not, or is left to the end of all."""
         with self._changed:
-            if not self._waiting.remove(job):
+            if self._closed.is_set() or not self._waiting.remove(job):
                 return False
-        if error is None:
-            try:
-                job.interrupted()
-            except BaseException as failure:
-                error = failure
+        error: BaseException | None = None
+        try:
+            job.stop()
+        except BaseException as failure:
+            error = failure
         self._tell(job, error)
         return True
 
     def _tell(self, job: Job, error: BaseException | None) -> None:
         """Let everybody know that a job has ended; its caller in any case."""
         error = error or job.fault
-        mine = threading.current_thread() is self._thread
+        mine = self._thread.current
         if mine:
-            self._calling = "on_request"
+            self._thread.calling, self._telling = "on_request", [(job, error)]
         try:
             report = job.report(error)
             with self._changed:
@@ -222,11 +228,13 @@ class Engine:
             log.exception("on_request failed")
         finally:
             job.finish(error)
+            if mine:
+                self._telling = ()
 
     def _loop(self) -> None:
         model = self._model
         assert model is not None
-        error: EdgeLLMError = ClosedError("The model was closed during the request.")
+        error: EdgeLLMError = ClosedError(CLOSED)
         try:
             while self._gather(model.slots):
                 self._turn(model)
@@ -244,18 +252,22 @@ class Engine:
         """Close the engine and end what jobs are left: nobody would end them later."""
         with self._changed:
             self._closed.set()
-            jobs = [*(one.job for one in self._running), *self._waiting.clear()]
-            self._running.clear()
+            jobs = [*(one.job for one in self._running), *self._waiting]
             self._model = None
-        with contextlib.ExitStack() as every:  # goes on where one fails
+        with contextlib.ExitStack() as every:  # goes on where one fails, from the last to the first
+            every.callback(self._running.clear)
+            every.callback(self._waiting.clear)
             for job in jobs:
                 every.callback(self._tell, job, error)
 
     def _gather(self, slots: Slots) -> bool:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
         with self._changed:
-            while not self._waiting and not self._running and not self._closed.is_set():
-                self._changed.wait()
+            while not self._news and all(one.feed.waits for one in self._running):
+                # Those that wait for the disk may have to end before it answers.
+                if not self._changed.wait(POLL_SECONDS if self._running else None):
+                    break
+            self._news = False
             waiting = list(self._waiting)
         admitted = [one for job in waiting if (one := self._admit(job, slots)) is not None]
         for one in admitted:
@@ -295,8 +307,11 @@ class Engine:
         for one in list(self._running):
             if one.job.ended():
                 self._end_early(one)
-        answering = [one for one in self._running if one.feed.single]
-        prompting = [one for one in self._running if not one.feed.single]
+            elif one.feed.until is not None and not one.feed.waits:
+                self._advance(one, None)
+        ready = [one for one in self._running if one.feed.until is None]
+        answering = [one for one in ready if one.feed.single]
+        prompting = [one for one in ready if not one.feed.single]
         if answering:
             if len(answering) > 1:
                 model.slots.close_gap([one.slot for one in answering])
@@ -350,9 +365,11 @@ class Engine:
 
     def _advance(self, one: _Running, logits: NDArray[np.float32] | None) -> None:
         """Let a job take its logits and say what it wants next."""
-        self._calling = one.job.callback
+        self._thread.calling = one.job.callback
         try:
             one.feed = one.steps.send(logits)
+            if one.feed.until is not None:
+                one.feed.until.add_done_callback(lambda _: self._wake())
         except StopIteration:
             self._end(one)
         except BaseException as error:
@@ -362,7 +379,7 @@ class Engine:
     def _end_early(self, one: _Running) -> None:
         try:
             one.steps.close()
-            one.job.interrupted()
+            one.job.stop()
         except BaseException as error:
             self._end(one, error)
         else:
@@ -376,7 +393,8 @@ class Engine:
             assert self._model is not None
             self._model.slots.release(one.slot)
             self._running.remove(one)
+            self._wake()
             if error is None and self._closed.is_set():
-                error = ClosedError("The model was closed during the request.")
+                error = ClosedError(CLOSED)
         self._tell(one.job, error)
         one.slot.settle()

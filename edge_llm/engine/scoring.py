@@ -63,6 +63,7 @@ class Scoring(Job):
         vocab: Width of the logits.
         cancel: Ends the job when it is set.
         timeout: Seconds after which the job ends.
+        priority: Of two waiting jobs the one with the higher priority is served first.
     """
 
     kind = "score"
@@ -74,8 +75,9 @@ class Scoring(Job):
         vocab: int,
         cancel: threading.Event | None,
         timeout: float | None,
+        priority: int = 0,
     ) -> None:
-        super().__init__(cancel=cancel, timeout=timeout)
+        super().__init__(cancel=cancel, timeout=timeout, priority=priority)
         self._timeout = timeout
         self._tokens = tokens
         self._width = scored_width(vocab)

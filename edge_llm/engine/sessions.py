@@ -1,7 +1,11 @@
-"""Jobs that put what a row holds onto the disk, or read it from there."""
+"""Jobs that copy what a row holds, for the disk, or put into a row what came from there.
+
+The engine's thread only copies memory: all that waits for the disk is done by the caller.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,18 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.caching.folder import write_through
-from edge_llm.caching.state_file import DoubtfulFileError, SavedState
+from edge_llm.caching.prefixes import Snapshot
+from edge_llm.caching.state_file import DoubtfulFileError, SavedState, write_state
 from edge_llm.engine.job import Job, Steps, feed_prompt
 from edge_llm.errors import SessionError
 
 if TYPE_CHECKING:
     from edge_llm.engine.slot import Slot
 
-__all__ = ["Baking", "LoadSession", "SaveSession"]
+__all__ = ["Baking", "LoadSession", "SaveSession", "read_session", "write_session"]
 
 
 class Baking(Job):
-    """Computes a prefix and writes it to the prefix cache; puts the entry's path, or None.
+    """Computes a prefix; puts a :class:`~edge_llm.caching.prefixes.Snapshot` of it, or None.
 
     Args:
         tokens: int64 [tokens], at most the context.
@@ -38,13 +43,13 @@ class Baking(Job):
         self._progress = progress
 
     def steps(self, slot: Slot) -> Steps:
-        """Compute what is at hand nowhere, and write."""
-        slot.recall(self.prompt)
+        """Compute what is at hand nowhere, and copy all."""
+        yield from slot.recall(self.prompt)
         yield from feed_prompt(slot, self.prompt, self._tell)
-        self.put(slot.bake())
+        self.put(slot.snapshot())
 
     def interrupted(self) -> None:
-        """Put nothing in place of the path."""
+        """Put nothing in place of the copy."""
         self.put(None)
 
     def _tell(self, done: int) -> None:
@@ -53,30 +58,23 @@ class Baking(Job):
 
 
 class SaveSession(Job):
-    """Writes what a row holds to a file, whole or not at all; puts the number of tokens.
-
-    Args:
-        path: The file.
-        owner: See :func:`~edge_llm.states.state_owner`.
-    """
+    """Puts a :class:`~edge_llm.caching.prefixes.Snapshot` of the row that was used last."""
 
     kind = "session"
     resumes = True
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self) -> None:
         super().__init__(cancel=None, timeout=None)
-        self._path = path
-        self._owner = owner
 
     def steps(self, slot: Slot) -> Steps:
-        """Write.
+        """Copy.
 
         Raises:
             SessionError: There is nothing to save.
         """
         if not slot.length:
             raise SessionError("There is no session to save.", "Save it after an answer.")
-        write_through(self._path, lambda stage: self.put(slot.save(stage, self._owner)))
+        self.put(slot.snapshot())
         yield from ()  # nothing is computed
 
     def interrupted(self) -> None:
@@ -84,43 +82,71 @@ class SaveSession(Job):
 
 
 class LoadSession(Job):
-    """Puts what a file holds into the row; puts the number of tokens.
+    """Puts a session into a row; puts the number of tokens.
 
     Args:
-        path: The file.
-        owner: See :func:`~edge_llm.states.state_owner`.
+        saved: The session, verified: so it was read only now, and the copy finds it in memory.
+        path: Where it comes from.
     """
 
     kind = "session"
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, saved: SavedState, path: str | os.PathLike[str]) -> None:
         super().__init__(cancel=None, timeout=None)
+        self._saved = saved
         self._path = path
-        self._owner = owner
 
     def steps(self, slot: Slot) -> Steps:
-        """Read.
+        """Copy.
 
         Raises:
-            SessionError: The file is damaged, of another model, or too long for the context.
-            OSError: It cannot be read.
+            SessionError: It is too long for the context.
         """
-        remedy = "Begin the conversation anew: its messages are computed again."
-        try:
-            saved = SavedState.open(self._path, self._owner)
-            saved.verify()
-        except DoubtfulFileError as error:
+        count = len(self._saved.tokens)
+        if not slot.load(self._saved):
             raise SessionError(
-                f"{str(self._path)!r} is no session to go on from. {error}", remedy
-            ) from error
-        if not slot.load(saved):
-            raise SessionError(
-                f"The session in {str(self._path)!r} has {len(saved.tokens)} tokens and was saved "
-                "with another context, into whose cache it does not fit.",
+                f"The session in {os.fspath(self._path)!r} has {count} tokens and was saved with "
+                "another context, into whose cache it does not fit.",
                 "Load the model with the context that it was saved with, or a larger one.",
             )
-        self.put(len(saved.tokens))
+        self.put(count)
         yield from ()  # nothing is computed
 
     def interrupted(self) -> None:
         """Nothing to put: no step is run."""
+
+
+def write_session(path: Path, owner: str, held: Snapshot) -> None:
+    """Write a session to a file, whole or not at all.
+
+    Args:
+        path: The file.
+        owner: See :func:`~edge_llm.states.state_owner`.
+        held: The session.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    write_through(path, lambda stage: write_state(stage, owner, held.tokens, held.arrays))
+
+
+def read_session(path: Path, owner: str) -> SavedState:
+    """Read a session and verify all of it.
+
+    Args:
+        path: The file.
+        owner: See :func:`~edge_llm.states.state_owner`.
+
+    Raises:
+        SessionError: The file is damaged, or of another model.
+        OSError: It cannot be read.
+    """
+    try:
+        saved = SavedState.open(path, owner)
+        saved.verify()
+    except DoubtfulFileError as error:
+        raise SessionError(
+            f"{str(path)!r} is no session to go on from. {error}",
+            "Begin the conversation anew: its messages are computed again.",
+        ) from error
+    return saved

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.caching.prefixes import Offer, PrefixCache, common_length
-from edge_llm.caching.state_file import SavedState, write_state
+from edge_llm.caching.prefixes import Offer, PrefixCache, Snapshot, common_length
+from edge_llm.caching.state_file import SavedState
+from edge_llm.engine.job import Feed
 from edge_llm.results import PrefixBreak
 from edge_llm.runtime.decoder import StateCache
 
@@ -86,18 +86,30 @@ class Slot:
         self._withdraw()
         return self._cache.truncate(self.row, self.reusable(prompt))
 
-    def recall(self, prompt: NDArray[np.int64]) -> Reuse:
-        """Do as :meth:`rewind`, and take more of the prompt from the prefix cache if it is there.
+    def recall(
+        self, prompt: NDArray[np.int64]
+    ) -> Generator[Feed, NDArray[np.float32] | None, Reuse]:
+        """Steps that do as :meth:`rewind`, and take more from the prefix cache if it is there.
 
         Args:
             prompt: int64 [tokens].
         """
         known: list[NDArray[np.integer]] = [self.held.copy()]
         reused, loaded = self.rewind(prompt), 0
+        search = None
         if self._prefixes is not None:
-            known.append(self._prefixes.closest(prompt))
-            loaded = self._prefixes.restore(self._cache, self.row, prompt, beyond=reused)
-            self._held[:loaded] = prompt[:loaded]
+            search = self._prefixes.seek(self._cache, prompt, beyond=reused)
+        if search is not None:
+            try:
+                yield Feed((), until=search)
+            finally:
+                search.cancel()  # the job may have been ended meanwhile
+            found = search.result()
+            known.append(found.closest)
+            if found.arrays is not None:
+                loaded = found.length
+                self._cache.write_row(self.row, loaded, found.arrays)
+                self._held[:loaded] = prompt[:loaded]
         return Reuse(loaded or reused, loaded, _first_break(prompt, known))
 
     def reusable(self, prompt: NDArray[np.int64]) -> int:
@@ -149,29 +161,12 @@ class Slot:
         if self._offer is not None:
             self._offer.write()
 
-    def bake(self) -> Path | None:
-        """Write all that the row holds to the prefix cache, to last; None where that fails."""
-        assert self._prefixes is not None
-        return self._prefixes.bake(self._cache, self.row, self.held)
-
-    def save(self, path: Path, owner: str) -> int:
-        """Write all that the row holds to a file of its own.
-
-        Args:
-            path: Where to.
-            owner: See :func:`~edge_llm.states.state_owner`.
-
-        Returns:
-            How many tokens that are.
-
-        Raises:
-            OSError: The system refuses.
-        """
-        write_state(path, owner, self.held, self._cache.read_row(self.row, self.length))
-        return self.length
+    def snapshot(self) -> Snapshot:
+        """A copy of all that the row holds."""
+        return Snapshot.of(self._cache, self.row, self.held)
 
     def load(self, saved: SavedState) -> bool:
-        """Put what :meth:`save` wrote into the row; False where it does not fit into this cache."""
+        """Put what was once a row's into this one; False where it does not fit into this cache."""
         length = len(saved.tokens)
         if not self._cache.accepts(length, saved.arrays):
             return False

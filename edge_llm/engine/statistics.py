@@ -13,8 +13,9 @@ __all__ = ["EngineStats", "Recorder"]
 RECENT_SECONDS = 10.0
 
 COUNTED = (
-    *("requests", "failed", "prompt_tokens", "reused_tokens", "completion_tokens"),
-    *("drafted_tokens", "accepted_tokens", "steps", "step_rows"),
+    *("requests", "finished", "cancelled", "timed_out", "refused", "failed"),
+    *("prompt_tokens", "reused_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"),
+    *("steps", "step_rows"),
 )
 
 
@@ -26,9 +27,13 @@ class EngineStats:
         slots: Sequences that can be answered at once.
         running: Requests that are being computed.
         waiting: Requests that wait for a slot.
-        requests: Requests that have ended, in whatever way.
-        failed: How many of them raised an error.
-        prompt_tokens: Tokens of prompts of the ended requests.
+        requests: Requests that have ended, in whatever way: the sum of the next five.
+        finished: How many of them came to their own end.
+        cancelled: ... were cancelled, or nobody read on.
+        timed_out: ... ran out of time.
+        refused: ... found the queue full.
+        failed: ... raised another error.
+        prompt_tokens: Tokens of prompts of the ended requests, but for refused ones.
         reused_tokens: How many of them were not computed again.
         completion_tokens: Tokens of their answers.
         drafted_tokens: Guesses that were computed along with them.
@@ -44,6 +49,10 @@ class EngineStats:
     running: int
     waiting: int
     requests: int
+    finished: int
+    cancelled: int
+    timed_out: int
+    refused: int
     failed: int
     prompt_tokens: int
     reused_tokens: int
@@ -90,7 +99,7 @@ class Recorder:
 
     def ended(self, report: RequestReport) -> None:
         """A job has ended."""
-        self.add(requests=1, failed=int(report.error is not None))
+        self.add(requests=1, **{report.outcome: 1})
         if (usage := report.usage) is not None:
             self.add(
                 prompt_tokens=usage.prompt_tokens,

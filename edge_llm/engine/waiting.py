@@ -64,7 +64,6 @@ class WaitingJobs:
             return False
         return True
 
-    def clear(self) -> list[Job]:
-        """Let none wait any longer; gives those that did."""
-        jobs, self._jobs = self._jobs, []
-        return jobs
+    def clear(self) -> None:
+        """Let none wait any longer."""
+        self._jobs.clear()

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_llm.engine import thread
 from edge_llm.engine.chunking import ChunkPlanner
 from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.job import Feed, Job, Steps
@@ -638,8 +639,8 @@ def test_close_by_many_at_once_and_again(engine: Engine) -> None:
     for call in [Call(engine.close) for _ in range(8)]:
         call.result()
     within(engine.close)
-    assert engine._thread is not None
-    assert not engine._thread.is_alive()
+    assert engine._thread.started
+    assert not engine._thread.alive
 
 
 def test_close_of_an_engine_that_was_never_used(engine: Engine) -> None:
@@ -653,9 +654,142 @@ def test_close_from_inside_a_job(engine: Engine) -> None:
     call = start(engine, Counting(before=engine.close))
     with pytest.raises(ClosedError):
         call.result()
-    assert engine._thread is not None
-    engine._thread.join(SOON)
-    assert not engine._thread.is_alive()
+    until(lambda: not engine._thread.alive)
+
+
+class Hanging:
+    """A caller's function that does not return until it may."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.entered.set()
+        self.gate.wait(LONG)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of callers' are left behind at once."""
+    monkeypatch.setattr(thread, "CLOSE_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_close_leaves_a_hook_behind_that_does_not_return(decoder: FakeDecoder) -> None:
+    hook, reports = Hanging(), list[RequestReport]()
+    engine, slots = make_engine(decoder, on_request=reports.append)
+    model = weakref.ref(slots)
+    del slots
+    calls = [start(engine, Counting(before=hook))]
+    assert hook.entered.wait(LONG)
+    calls += [start(engine, Counting()) for _ in range(2)]
+    until(lambda: len(engine._waiting) == 2)
+    within(engine.close)
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call.result()
+    with pytest.raises(ClosedError):
+        serve(engine, Counting())
+    assert not reports
+    # What is left to do is done when it returns.
+    hook.gate.set()
+    until(lambda: not engine._thread.alive)
+    assert [report.outcome for report in reports] == ["failed"] * 3
+    stats = within(engine.stats)
+    assert (stats.requests, stats.running, stats.waiting) == (3, 0, 0)
+    del calls
+    gc.collect()
+    assert model() is None
+
+
+@pytest.mark.usefixtures("impatient")
+def test_close_leaves_on_request_behind_that_does_not_return() -> None:
+    hang, reports = Hanging(), list[RequestReport]()
+
+    def on_request(report: RequestReport) -> None:
+        hang()
+        reports.append(report)
+
+    engine, _ = make_engine(FakeDecoder(rows=2), on_request=on_request)
+    first = start(engine, Counting(1))
+    assert hang.entered.wait(LONG)
+    second = start(engine, Counting(1))
+    until(lambda: len(engine._waiting) == 1)
+    within(engine.close)
+    assert first.result() == [0, "stop"], "it had its answer"
+    with pytest.raises(ClosedError):
+        second.result()
+    hang.gate.set()
+    until(lambda: not engine._thread.alive)
+    assert [report.outcome for report in reports] == ["finished", "failed"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_close_leaves_on_request_behind_when_it_is_told_of_the_close() -> None:
+    hang, reports = Hanging(), list[RequestReport]()
+
+    def on_request(report: RequestReport) -> None:
+        if report.outcome == "failed":
+            hang()
+        reports.append(report)
+
+    engine, _ = make_engine(FakeDecoder(), on_request=on_request)
+    hook = Hanging()
+    calls = [start(engine, Counting(before=hook))]
+    assert hook.entered.wait(LONG)
+    calls += [start(engine, Counting()) for _ in range(3)]
+    until(lambda: len(engine._waiting) == 3)
+    closing = Call(engine.close)
+    until(engine._closed.is_set)
+    hook.gate.set()
+    closing.result()
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call.result()
+    hang.gate.set()
+    until(lambda: not engine._thread.alive)
+    assert [report.outcome for report in reports] == ["failed"] * 4
+    assert not engine._waiting
+    assert not engine._running
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_hook_may_wait_for_the_thread_that_closes(engine: Engine) -> None:
+    closing: list[Call] = []
+
+    def close() -> None:
+        closing.append(Call(engine.close))
+        closing[0].result()
+
+    call = start(engine, Counting(before=close))
+    with pytest.raises(ClosedError):
+        call.result()
+    closing[0].result()
+    until(lambda: not engine._thread.alive)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_close_waits_for_a_step_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python must not end while the graph runs, even where a step does not end early."""
+    decoder, stepping = FakeDecoder(), Hanging()
+    engine, _ = make_engine(decoder)
+    step_rows = decoder.step_rows
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        stepping()
+        return step_rows(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "step_rows", slow)
+    monkeypatch.setattr(decoder, "interrupt", lambda: None)
+    call = start(engine, Counting())
+    assert stepping.entered.wait(LONG)
+    closing = Call(engine.close)
+    closing.join(0.3)
+    assert closing.is_alive()
+    stepping.gate.set()
+    closing.result()
+    with pytest.raises(ClosedError):
+        call.result()
 
 
 def test_a_reader_that_is_behind_gets_what_was_there_before_close(engine: Engine) -> None:

@@ -44,6 +44,31 @@ def test_python_ends_cleanly_with_a_live_model(how: str, tiny_bundle: Path) -> N
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_a_hook_that_does_not_return_does_not_keep_python(tiny_bundle: Path) -> None:
+    program = """
+import threading
+from edge_llm.engine import thread
+thread.CLOSE_SECONDS = 0.1
+entered = threading.Event()
+def hang(so_far, logits):
+    entered.set()
+    threading.Event().wait()
+def work():
+    try:
+        llm.generate([5], logits_hook=hang)
+    except ClosedError:
+        print("told")
+worker = threading.Thread(target=work, daemon=True)
+worker.start()
+entered.wait()
+llm.close()
+worker.join()
+"""
+    result = run(program, tiny_bundle)
+    assert (result.returncode, result.stdout) == (0, "told\n")
+    assert result.stderr == "the model was closed, but logits_hook has not returned\n"
+
+
 @pytest.mark.skipif(not hasattr(sys.modules["os"], "fork"), reason="needs fork()")
 def test_a_forked_child_is_told_what_to_do(tiny_bundle: Path) -> None:
     program = """

@@ -212,6 +212,10 @@ def test_a_thousand_interleaved_requests_get_their_own_answers(
         assert engine._model.slots.busy == 0
         assert stats.rows_per_step > 1.1, "they share steps, though a prompt's chunk has its own"
     assert len(reports) == count
+    ways = Counter(report.outcome for report in reports)
+    assert ways == {way: number for way in ways if (number := getattr(stats, way))}
+    assert ways.total() == count
+    assert ways.keys() == {"finished", "cancelled", "timed_out", "failed"}
     reasons = Counter(check(*one) for one in zip(asked, expected, got, strict=True))
     assert reasons["stop"] > 250
     few = ("length", "cancelled", "timeout", "closed", "failed", "scored")

@@ -267,6 +267,8 @@ def test_wrong_options_of_score_are_named(tiny_llm: LLM) -> None:
         tiny_llm.score(PROMPT, cancel=5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="timeout"):
         tiny_llm.score(PROMPT, timeout=-1)
+    with pytest.raises(ArgumentError, match="priority must be an integer from -1000 to 1000"):
+        tiny_llm.score(PROMPT, priority=1001)
 
 
 def altered(bundle: Path, folder: Path, **changes: Any) -> Path:

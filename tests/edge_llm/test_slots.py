@@ -25,7 +25,7 @@ from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import WORTH_WAITING, Slots
 from edge_llm.engine.step_costs import WIDTHS, StepCosts
 from edge_llm.engine.waiting import AGING_SECONDS, WaitingJobs
-from edge_llm.errors import ClosedError, QueueFullError
+from edge_llm.errors import CancelledError, ClosedError, DeadlineError, QueueFullError
 from edge_llm.manifest import StateTensor
 from edge_llm.results import RequestReport
 from edge_llm.runtime.kv_cache import KVCache
@@ -579,6 +579,48 @@ def test_scores_beside_answers(tiny_bundle: Path) -> None:
             score: Any = Call(lambda: llm.score(text)).result()
             assert score.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
         assert answers[0].result().tokens == answers[1].result().tokens  # type: ignore[attr-defined]
+
+
+def test_scores_wait_as_answers_do(tiny_bundle: Path) -> None:
+    """By priority; and who waits can be cancelled, or run out of time."""
+    gate, entered, order = threading.Event(), threading.Event(), list[str]()
+
+    def hold(so_far: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        entered.set()
+        gate.wait(60)
+        return logits
+
+    def note(report: RequestReport) -> None:
+        order.append(f"{report.kind} {report.outcome}")
+
+    async def ascore() -> None:
+        await llm.ascore("a b", priority=2)
+
+    cancel = threading.Event()
+    with LLM(tiny_bundle, slots=1, on_request=note) as llm:
+        calls = [Call(lambda: llm.generate("a", max_tokens=1, logits_hook=hold))]
+        assert entered.wait(60)
+        for ask in (
+            lambda: llm.generate("a b", max_tokens=1),
+            lambda: llm.score("a b", priority=1),
+            lambda: asyncio.run(ascore()),
+        ):
+            calls.append(Call(ask))
+            until(lambda: llm.stats().waiting == len(calls) - 1)
+        cancelled = Call(lambda: llm.score("a b", cancel=cancel, priority=3))
+        until(lambda: llm.stats().waiting == 4)
+        cancel.set()
+        with pytest.raises(CancelledError):
+            cancelled.result()
+        with pytest.raises(DeadlineError):
+            within(lambda: llm.score("a b", timeout=0.1, priority=3))
+        gate.set()
+        for call in calls:
+            call.result()
+    assert order == [
+        *("score cancelled", "score timed_out", "answer finished"),
+        *("score finished", "score finished", "answer finished"),
+    ]
 
 
 def test_memory_does_not_grow_with_requests(tiny_bundle: Path) -> None:
