@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edge_llm.errors import CacheWarning
+from edge_llm.errors import CacheWarning, PlatformError
 
-__all__ = ["CacheFolder", "default_cache_folder", "exclusive", "write_through"]
+__all__ = [
+    "CacheFolder",
+    "default_cache_folder",
+    "exclusive",
+    "is_readable",
+    "own_cache_folder",
+    "write_through",
+]
 
 log = logging.getLogger("edge_llm")
 
@@ -35,24 +43,40 @@ class CacheFolder:
     Names are the caller's keys: content must follow from the name, so that any writer's will do.
 
     Args:
-        path: The folder; made, for this user alone, by the first entry.
+        path: The folder; made by the first entry.
         limit: Most bytes of all entries together, at least 1.
+        named: What entries' names look like. All else that lies there is somebody's own, which is
+            neither counted nor removed.
         lasting: Entries whose names begin so go only when no others are left.
+        mode: Rights that the folder is made with; by default it is for this user alone.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, limit: int, lasting: tuple[str, ...] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limit: int,
+        named: str = r"[^.].*",
+        lasting: tuple[str, ...] = (),
+        mode: int = 0o700,
     ) -> None:
         assert limit > 0
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the process may go to work elsewhere
         self.limit = limit
+        self._named = re.compile(named)
         self._lasting = lasting
+        self._mode = mode
         self._writable = True
+
+    @property
+    def writable(self) -> bool:
+        """Whether nothing has ended writing yet."""
+        return self._writable
 
     def names(self) -> list[str]:
         """The names of all entries."""
         try:
-            return [one.name for one in os.scandir(self.path) if not one.name.startswith(".")]
+            return [one.name for one in os.scandir(self.path) if self._named.fullmatch(one.name)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -68,7 +92,7 @@ class CacheFolder:
         # Where the folder is not writable nobody evicts, so the mark is not missed.
         with contextlib.suppress(OSError):
             os.utime(path)
-        return path if path.exists() else None
+        return path if _is_there(path) else None
 
     def publish(
         self, name: str, write: Callable[[Path], None], *, wait: bool = True
@@ -76,7 +100,7 @@ class CacheFolder:
         """Write an entry, unless there is one of this name.
 
         Args:
-            name: The entry's name; must not start with a dot.
+            name: The entry's name.
             write: Makes a file or folder at the path that it gets; may raise OSError.
             wait: Wait for other writers, rather than leave it where one is at work.
 
@@ -84,12 +108,12 @@ class CacheFolder:
             The entry's path, or None where it is not there: another writer was at work, it is
             larger than the limit, or the folder cannot be written (a warning told of that).
         """
-        assert not name.startswith(".")
+        assert self._named.fullmatch(name)
         if not self._writable:
             return None
         target = self.path / name
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=self._mode, parents=True, exist_ok=True)
             with exclusive(self.path / LOCK, wait=wait) as held:
                 if held and not target.exists():
                     self._write(target, write)
@@ -114,12 +138,12 @@ class CacheFolder:
         Returns:
             Bytes that were freed.
         """
-        if not self.path.is_dir():
-            return 0
         try:
             with exclusive(self.path / LOCK, wait=True):
                 self._sweep()
                 return self._evict(self.limit if limit is None else limit)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
         except OSError as error:
             self._degrade(error)
             return 0
@@ -180,9 +204,36 @@ class CacheFolder:
 
 
 def default_cache_folder(kind: str) -> Path:
-    """Where this user's cached files of a kind lie unless told otherwise (XDG Base Directory)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "edge-llm" / kind
+    """Where this user's cached files of a kind lie unless told otherwise (XDG Base Directory).
+
+    Raises:
+        PlatformError: The system knows no home of this user.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "edge-llm" / kind
+    except RuntimeError as error:
+        raise PlatformError(
+            "This user has no home directory, in which a cache folder would be.",
+            "Name a folder, or set XDG_CACHE_HOME to one.",
+        ) from error
+
+
+def own_cache_folder(kind: str) -> Path | None:
+    """That folder where it is there and may be read; else, and without a home, None."""
+    try:
+        folder = default_cache_folder(kind)
+    except PlatformError:
+        return None
+    return folder if is_readable(folder) else None
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether a folder is there, and this user may look into it."""
+    try:
+        return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    except OSError:  # one around it may not be looked into
+        return False
 
 
 def write_through(target: Path, write: Callable[[Path], None]) -> None:
@@ -277,6 +328,14 @@ def _sync_one(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _size(path: Path) -> int:

@@ -31,6 +31,7 @@ __all__ = ["LIMIT", "Offer", "PrefixCache", "common_length"]
 log = logging.getLogger("edge_llm")
 
 BAKED = "baked-"
+NAMED = rf"({BAKED})?[0-9a-f]{{32}}-[0-9a-f]{{32}}"
 
 LIMIT = 1 << 30
 """Bytes of a prefix cache by default: some twenty prompts of 1,000 tokens of a 135M model."""
@@ -62,7 +63,7 @@ class PrefixCache:
     def __init__(
         self, path: str | os.PathLike[str], *, owner: str, limit: int = LIMIT, writes: bool = True
     ) -> None:
-        self._folder = CacheFolder(path, limit=limit, lasting=(BAKED,))
+        self._folder = CacheFolder(path, limit=limit, named=NAMED, lasting=(BAKED,))
         self.path = self._folder.path
         self.owner = owner
         self.writes = writes
