@@ -490,6 +490,30 @@ def test_baking_by_command(
     assert entries(entry.parent) == []
 
 
+def test_pruning_takes_nothing_that_is_somebody_elses(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with LLM(tiny_bundle, prefix_cache=tmp_path) as llm:
+        entry = llm.bake(TOKENS[:20])
+    assert main(["bake", "--prune", "--prefix-cache", str(tmp_path)]) == 0
+    assert not entry.exists()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_process_may_go_to_work_elsewhere(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with LLM("bundle", prefix_cache="cache", memory_limit="1GB") as llm:
+        monkeypatch.chdir("elsewhere")
+        assert llm.bake(TOKENS[:20]).parent == tmp_path / "cache"
+        assert llm.memory.total
+    with LLM(tmp_path / "bundle") as llm:
+        monkeypatch.chdir(tmp_path)
+        assert llm.memory.total
+
+
 def test_baking_text_into_a_folder(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
