@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,12 @@ def _models(arguments: argparse.Namespace, limit: int | None) -> CompiledModels:
 
     if arguments.bundle is None and (arguments.beside or not arguments.prune):
         raise ArgumentError("bundle", "the folder of a bundle", None)
-    beside = Path(arguments.bundle) if arguments.beside else None
-    path = compiled_folder(arguments.cache_dir, beside=beside)
-    return CompiledModels(path, limit=limit or LIMIT)
+    if not arguments.beside:
+        return CompiledModels(compiled_folder(arguments.cache_dir), limit=limit or LIMIT)
+    bundle = Path(arguments.bundle)
+    # Whoever may read the bundle may read what lies beside it.
+    mode = stat.S_IMODE(bundle.stat().st_mode) if bundle.is_dir() else 0o700
+    return CompiledModels(compiled_folder(beside=bundle), limit=limit or LIMIT, mode=mode)
 
 
 def _compile(arguments: argparse.Namespace, models: CompiledModels) -> Path:
@@ -87,7 +91,9 @@ def _compile(arguments: argparse.Namespace, models: CompiledModels) -> Path:
     try:
         progress.show("compiling ...")
         graph = models.compile(
-            Bundle.open(arguments.bundle), threads=resolve_threads(arguments.threads)
+            Bundle.open(arguments.bundle),
+            threads=resolve_threads(arguments.threads),
+            verify=True,
         )
     finally:
         progress.show("")
