@@ -498,3 +498,24 @@ def test_tokens_that_the_tokenizer_does_not_know_are_no_text(tiny_llm: LLM) -> N
     assert answer.text == ""
     with pytest.raises(ArgumentError):
         tiny_llm.detokenize([400])
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "prefix_cache"])
+@pytest.mark.parametrize("value", [5, b"folder", "", "a\0b", ["folder"]])
+def test_what_is_no_folder_is_refused(name: str, value: Any, tiny_bundle: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} must be the path of a folder"):
+        LLM(tiny_bundle, **{name: value})
+
+
+def test_a_broken_tokenizer_is_told_of_beside_a_whole_graph(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """They are read at the same time."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    file = bundle / "tokenizer.json"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json cannot be read"):
+        LLM(bundle)
+    (bundle / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"model\.onnx\.data"):
+        LLM(bundle)
