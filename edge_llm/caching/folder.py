@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,10 @@ log = logging.getLogger("edge_llm")
 
 LOCK = ".lock"
 STAGE = ".stage"
+
+# A file that is being written changes all the time: one that has not for so many seconds was left
+# by a writer that was killed.
+ABANDONED = 3600
 
 
 class CacheFolder:
@@ -239,17 +245,27 @@ def is_readable(folder: Path) -> bool:
 def write_through(target: Path, write: Callable[[Path], None]) -> None:
     """Write one file so that its place holds the old content or the new one, never a mixture.
 
+    What a killed writer of this file left beside it goes when one comes an hour later.
+
     Raises:
         OSError: The system refuses; nothing is left behind.
     """
     stage = target.with_name(f".{target.name}.{os.getpid()}{STAGE}")
     try:
+        _clear_abandoned(target)
         write(stage)
         _sync(stage)
         stage.replace(target)
         _sync_folder(target.parent)
     finally:
         _delete(stage)
+
+
+def _clear_abandoned(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{STAGE}"):
+        with contextlib.suppress(OSError):  # another one clears it, or it is not this user's
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                _delete(left)
 
 
 @contextlib.contextmanager

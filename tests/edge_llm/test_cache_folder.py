@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from edge_llm import LLM
 from edge_llm.caching.folder import (
+    ABANDONED,
     CacheFolder,
     default_cache_folder,
     is_readable,
@@ -251,6 +254,25 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_through(target, content("new"))
     assert target.read_text() == "new"
     assert listed(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_of_a_file_left_goes(tmp_path: Path) -> None:
+    def die(stage: Path) -> None:
+        left.append(shutil.copy(__file__, stage.with_name(stage.name.replace(".stage", "1.stage"))))
+
+    left: list[Path] = []
+    target, other = tmp_path / "file[1]", tmp_path / "file1"
+    write_through(target, lambda stage: die(stage) or content("x")(stage))
+    write_through(other, content("x"))
+    (own,) = left
+    assert listed(tmp_path) == sorted([own.name, "file1", "file[1]"]), "it may still be written"
+    long_ago = time.time() - 2 * ABANDONED
+    os.utime(own, (long_ago, long_ago))
+    write_through(other, content("y"))
+    assert own.exists(), "another file's"
+    write_through(target, content("y"))
+    assert listed(tmp_path) == ["file1", "file[1]"]
+    assert target.read_text() == "y"
 
 
 def test_the_default_folder_follows_the_environment(
