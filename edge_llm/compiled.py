@@ -41,6 +41,8 @@ LIMIT = 16 << 30
 
 # What packing may add to the weights on the disk, besides a second copy: sums and scales of blocks.
 GROWTH = 2.5
+# Where less is left behind a failure, it was the disk.
+NEARLY_FULL = 1 << 20
 
 
 class CompiledModels:
@@ -219,7 +221,9 @@ def _write(bundle: Bundle, stage: Path, threads: int) -> None:
     except RuntimeFailure as error:
         # ONNX Runtime's way to say that a file cannot be written; a graph that it does not take is
         # told of when the bundle itself is opened.
-        raise OSError(errno.EIO, error.message) from error
+        full = shutil.disk_usage(stage).free < NEARLY_FULL
+        reason = os.strerror(errno.ENOSPC) if full else error.message
+        raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
     listed = {
         file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(stage.iterdir())

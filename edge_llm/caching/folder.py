@@ -21,6 +21,7 @@ __all__ = [
     "default_cache_folder",
     "exclusive",
     "is_readable",
+    "is_writable",
     "own_cache_folder",
     "write_through",
 ]
@@ -239,6 +240,15 @@ def is_readable(folder: Path) -> bool:
     try:
         return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
     except OSError:  # one around it may not be looked into
+        return False
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this user may write into a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
         return False
 
 

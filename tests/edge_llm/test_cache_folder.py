@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -257,12 +256,15 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_of_a_file_left_goes(tmp_path: Path) -> None:
-    def die(stage: Path) -> None:
-        left.append(shutil.copy(__file__, stage.with_name(stage.name.replace(".stage", "1.stage"))))
+    def write(stage: Path) -> None:
+        own = stage.with_name(stage.name.replace(".stage", "1.stage"))
+        own.write_text("another writer's")
+        left.append(own)
+        stage.write_text("x")
 
     left: list[Path] = []
     target, other = tmp_path / "file[1]", tmp_path / "file1"
-    write_through(target, lambda stage: die(stage) or content("x")(stage))
+    write_through(target, write)
     write_through(other, content("x"))
     (own,) = left
     assert listed(tmp_path) == sorted([own.name, "file1", "file[1]"]), "it may still be written"

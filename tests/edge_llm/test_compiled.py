@@ -19,7 +19,7 @@ import pytest
 from edge_llm import LLM, ArgumentError, Bundle
 from edge_llm.cli.main import main
 from edge_llm.compiled import GRAPH, LIST, CompiledModels, compiled_folder
-from edge_llm.errors import CacheWarning, IntegrityError
+from edge_llm.errors import CacheWarning, IntegrityError, RuntimeFailure
 from edge_llm.runtime import device
 from edge_llm.runtime.session import open_session
 from edge_llm.tuning import Tuning, save_tuning
@@ -209,7 +209,7 @@ def test_what_is_compiled_in_a_folder_is_told_of(
 
 def test_a_model_that_goes_meanwhile_is_not_missed(tiny_bundle: Path, tmp_path: Path) -> None:
     graph = tiny_bundle / "model.onnx"
-    with pytest.warns(CacheWarning, match="cannot be opened, so the bundle itself is"):
+    with pytest.warns(CacheWarning, match="the bundle itself is; `edge-llm compile`"):
         session = open_session(graph, compiled=tmp_path / GRAPH, threads=1, minimum="1.32")
     assert session.get_inputs()
 
@@ -252,6 +252,22 @@ def test_a_full_disk_costs_one_warning(size: int, tiny_bundle: Path, tmp_path: P
     )
     assert done.stdout == "['CacheWarning']\n", done.stderr
     assert [one.name for one in (tmp_path / "cache" / "compiled").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_others_filled_meanwhile_is_called_full(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([1 << 40, 1000])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(left)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeFailure("ONNX Runtime refuses: six lines of its own source", "")
+
+    monkeypatch.setattr("edge_llm.compiled.create_session", fail)
+    models = CompiledModels(tmp_path)
+    with pytest.warns(CacheWarning, match=r"cannot be used: No space left on device\."):
+        assert models.compile(Bundle.open(tiny_bundle), threads=1) is None
 
 
 def test_a_limit_that_is_too_low_keeps_nothing(

@@ -528,12 +528,18 @@ def test_baking_text_into_a_folder(
     assert "reused, from the prefix cache)" in capsys.readouterr().err
     for wrong, message in (
         (["--system", str(text), "--template", "none"], "no chat template 'none'"),
-        (["--prefix", str(text), "--limit", "1KB"], "Nothing was baked into"),
+        (["--prefix", str(text), "--limit", "1KB"], "raise --limit"),
         (["--prefix", str(text), "--context", "4"], "tokens too many"),
     ):
         other = ["--prefix-cache", str(tmp_path / "other")]
         assert main(["bake", str(tiny_bundle), *wrong, *other]) == 1
         assert message in capsys.readouterr().err
+    assert main(["bake", str(tmp_path / "no bundle"), "--prefix", str(text)]) == 1
+    assert "no folder" in capsys.readouterr().err
+    # Before the model is even looked for.
+    flags = ["--prefix", str(text), "--prefix-cache", str(text)]
+    assert main(["bake", str(tmp_path / "no bundle"), *flags]) == 1
+    assert f"Nothing was baked into '{text}'" in capsys.readouterr().err
     assert main(["bake", "--prefix", str(text)]) == 1
     assert "bundle must be the folder of a bundle" in capsys.readouterr().err
     assert main(["bake", str(tiny_bundle)]) == 2
