@@ -181,8 +181,9 @@ def find_compiled(
         verify: Compare the files' SHA-256 too.
     """
     named = None if cache_dir is None else compiled_folder(cache_dir)
-    for place in (named, compiled_folder(beside=bundle.path), own_cache_folder(KIND)):
-        if place is not None:
+    beside = compiled_folder(beside=bundle.path)
+    for place in (named, beside, own_cache_folder(KIND)):
+        if place is not None and (place != beside or _is_trusted(beside, bundle)):
             graph = CompiledModels(place).find(bundle, verify=verify)
             if graph is not None:
                 return graph
@@ -198,6 +199,20 @@ def _name(bundle: Bundle) -> str:
         "processor": cpu_identity(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _is_trusted(beside: Path, bundle: Bundle) -> bool:
+    """Whether what lies beside a bundle is from its owner, the system's or this user.
+
+    The folder around both may be one where anybody can put something, as /tmp is.
+    """
+    if not hasattr(os, "geteuid") or not is_readable(beside):
+        return True
+    return _owner(beside) in (_owner(bundle.path), 0, os.geteuid())
+
+
+def _owner(path: Path) -> int:
+    return path.stat().st_uid
 
 
 def _model_bytes(bundle: Bundle) -> int:

@@ -176,7 +176,8 @@ class CacheFolder:
     def _sweep(self) -> None:
         """Remove what killed writers left; who holds the lock is the only living one."""
         for left in self.path.glob(f"{STAGE}.*"):
-            _delete(left)
+            if self._named.fullmatch(left.name.removeprefix(f"{STAGE}.")):
+                _delete(left)
 
     def _evict(self, room: int) -> int:
         """Remove entries until all together take at most ``room`` bytes; gives what was freed."""

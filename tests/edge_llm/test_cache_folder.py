@@ -119,11 +119,13 @@ def test_what_else_lies_there_is_left_alone(tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path, limit=30, named="[0-9a-f]{4}")
     (tmp_path / "thesis.txt").write_text("x" * 100)
     (tmp_path / "photos").mkdir()
+    (tmp_path / ".stage.old").touch()
+    (tmp_path / ".stage.cccc").touch()
     for name in ("aaaa", "bbbb"):
         folder.publish(name, content("x" * 20))
     assert folder.names() == ["bbbb"], "what is not an entry does not count either"
     assert folder.prune(0) == 20
-    assert listed(tmp_path) == [".lock", "photos", "thesis.txt"]
+    assert listed(tmp_path) == [".lock", ".stage.old", "photos", "thesis.txt"]
 
 
 def test_a_relative_path_stays_where_it_was(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from edge_llm import LLM, ArgumentError, Bundle
 from edge_llm.cli.main import main
-from edge_llm.compiled import GRAPH, LIST, CompiledModels, compiled_folder
+from edge_llm.compiled import GRAPH, LIST, CompiledModels, compiled_folder, find_compiled
 from edge_llm.errors import CacheWarning, IntegrityError, RuntimeFailure
 from edge_llm.runtime import device
 from edge_llm.runtime.session import open_session
@@ -188,6 +189,22 @@ def test_who_may_read_a_bundle_may_read_what_lies_beside_it(
         beside = compiled_folder(beside=bundle)
         assert beside.stat().st_mode & 0o777 == mode
         shutil.rmtree(beside)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other rights")
+def test_what_a_stranger_put_beside_a_bundle_is_not_trusted(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    beside = compiled_folder(beside=bundle.path)
+    graph = CompiledModels(beside).compile(bundle, threads=1)
+    owners = {beside: 1001, bundle.path: 1000}
+    monkeypatch.setattr(os, "geteuid", lambda: 1002)
+    monkeypatch.setattr("edge_llm.compiled._owner", owners.__getitem__)
+    assert find_compiled(bundle, cache_dir=None) is None
+    for trusted in (0, 1000, 1002):
+        owners[beside] = trusted
+        assert find_compiled(bundle, cache_dir=None) == graph
 
 
 def test_what_is_compiled_in_a_folder_is_told_of(
