@@ -102,12 +102,11 @@ class CompiledModels:
         name = _name(bundle)
         if (found := self.find(bundle, verify=verify)) is not None:
             return found
-        if _model_bytes(bundle) > self._folder.limit:  # and so is its copy
-            self._warn_of_limit()
-            return None
         if self._folder.find(name) is not None:
             self._folder.remove(name)
-        entry = self._folder.publish(name, lambda stage: _write(bundle, stage, threads))
+        entry = self._folder.publish(
+            name, lambda stage: _write(bundle, stage, threads), size=_model_bytes(bundle)
+        )
         if entry is None and self._folder.writable:
             self._warn_of_limit()
         if entry is None or not _is_whole(entry, verify=False):

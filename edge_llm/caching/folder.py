@@ -102,7 +102,7 @@ class CacheFolder:
         return path if _is_there(path) else None
 
     def publish(
-        self, name: str, write: Callable[[Path], None], *, wait: bool = True
+        self, name: str, write: Callable[[Path], None], *, wait: bool = True, size: int = 0
     ) -> Path | None:
         """Write an entry, unless there is one of this name.
 
@@ -110,13 +110,14 @@ class CacheFolder:
             name: The entry's name.
             write: Makes a file or folder at the path that it gets; may raise OSError.
             wait: Wait for other writers, rather than leave it where one is at work.
+            size: Bytes that it takes at least: what is larger than the limit is not begun.
 
         Returns:
             The entry's path, or None where it is not there: another writer was at work, it is
             larger than the limit, or the folder cannot be written (a warning told of that).
         """
         assert self._named.fullmatch(name)
-        if not self._writable:
+        if not self._writable or size > self.limit:
             return None
         target = self.path / name
         try:

@@ -211,7 +211,8 @@ class PrefixCache:
             done()
             log.debug("wrote %s in %.3f s", name, time.perf_counter() - started)
 
-        path = self._folder.publish(name, write, wait=wait)
+        size = sum(array.nbytes for array in arrays.values())
+        path = self._folder.publish(name, write, wait=wait, size=size)
         if path is not None:
             with self._lock:
                 self._tokens[name] = tokens.astype(np.int32)

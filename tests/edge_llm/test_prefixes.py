@@ -307,6 +307,16 @@ def test_the_limit_holds_and_baked_prefixes_go_last(tiny_bundle: Path, tmp_path:
         llm.bake(TOKENS[:60])
 
 
+def test_what_is_larger_than_the_limit_is_not_even_written(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(module, "write_state", lambda path, *others: written.append(path))
+    ask(tiny_bundle, TOKENS[:60], prefix_cache=tmp_path, prefix_cache_limit="1KB")
+    assert not written
+    assert not entries(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_costs_one_warning(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
