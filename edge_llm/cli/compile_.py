@@ -78,11 +78,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _models(arguments: argparse.Namespace, limit: int | None) -> CompiledModels:
     from edge_llm.compiled import LIMIT, CompiledModels, compiled_folder
+    from edge_llm.options import folder
 
     if arguments.bundle is None and (arguments.beside or not arguments.prune):
         raise ArgumentError("bundle", "the folder of a bundle", None)
     if not arguments.beside:
-        return CompiledModels(compiled_folder(arguments.cache_dir), limit=limit or LIMIT)
+        path = compiled_folder(folder("cache_dir", arguments.cache_dir))
+        return CompiledModels(path, limit=limit or LIMIT)
     bundle = Path(arguments.bundle)
     # Whoever may read the bundle may read what lies beside it.
     mode = stat.S_IMODE(bundle.stat().st_mode) if bundle.is_dir() else 0o700

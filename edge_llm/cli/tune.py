@@ -49,31 +49,33 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from edge_llm.bundle import Bundle
     from edge_llm.caching.folder import is_writable
+    from edge_llm.options import folder
     from edge_llm.tune import tune
     from edge_llm.tuning import check_tunable, save_tuning, tuning_folder
 
     if arguments.rounds < 1:
         raise ArgumentError("rounds", "at least 1", arguments.rounds)
     check_tunable(bundle := Bundle.open(arguments.bundle))
-    folder = tuning_folder(arguments.cache_dir)
-    if not is_writable(folder):  # found out now rather than after minutes
-        raise _nothing_kept(folder)
+    cache_dir = folder("cache_dir", arguments.cache_dir)
+    kept_in = tuning_folder(cache_dir)
+    if not is_writable(kept_in):  # found out now rather than after minutes
+        raise _nothing_kept(kept_in)
     progress = Progress()
     before, started = others_cpu_seconds(), time.perf_counter()
     try:
         tuning, trials = tune(
             bundle,
             threads=arguments.threads,
-            cache_dir=arguments.cache_dir,
+            cache_dir=cache_dir,
             rounds=arguments.rounds,
             on_phase=lambda phase: progress.show(f"measuring: {phase} ..."),
         )
     finally:
         progress.show("")
     others = _share(before, others_cpu_seconds(), time.perf_counter() - started)
-    path = save_tuning(bundle, tuning, cache_dir=arguments.cache_dir)
+    path = save_tuning(bundle, tuning, cache_dir=cache_dir)
     if path is None:
-        raise _nothing_kept(folder)
+        raise _nothing_kept(kept_in)
     if arguments.json:
         document = {
             "path": str(path),
