@@ -85,37 +85,35 @@ class MemoryModel:
 
     Args:
         bundle: The model.
-        compiled: Its compiled graph, where it is loaded by that.
         prefill_chunk: Tokens of a prompt to feed at once; by default the most.
 
     Raises:
         IntegrityError: The graph cannot be read.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, compiled: Path | None = None, prefill_chunk: int | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, prefill_chunk: int | None = None) -> None:
         self._manifest = bundle.manifest
         graph = read_onnx(bundle.file(bundle.manifest.decoder.graph))
-        mapped, inline, packed = _weights(graph)
-        self._file = mapped + (packed if compiled else 0)
-        session = SESSION_BYTES + NODE_BYTES * len(graph.nodes)
-        self._anonymous = inline + session + (0 if compiled else packed)
+        self._mapped, inline, self._packed = _weights(graph)
+        self._anonymous = inline + SESSION_BYTES + NODE_BYTES * len(graph.nodes)
         self._activations = _activations(graph, bundle.manifest.dims)
         self._widest = prefill_chunk or WIDEST_STEP
 
-    def estimate(self, context: int, *, slots: int = 1) -> MemoryEstimate:
+    def estimate(
+        self, context: int, *, slots: int = 1, compiled: Path | None = None
+    ) -> MemoryEstimate:
         """Predict.
 
         Args:
             context: Tokens that the cache is made for.
             slots: Sequences that are answered at once.
+            compiled: Its compiled graph, where it is loaded by that: the sum is the same.
         """
         state, vocab = self._manifest.decoder.state, self._manifest.dims.vocab
         step = min(context, self._widest)
         return MemoryEstimate(
-            weights_file=self._file,
-            weights_anonymous=self._anonymous,
+            weights_file=self._mapped + (self._packed if compiled else 0),
+            weights_anonymous=self._anonymous + (0 if compiled else self._packed),
             kv=state_bytes(state, rows=slots, capacity=context),
             scratch=4 * (step * self._activations + slots * vocab),
             runtime=PYTHON_BYTES + TOKEN_BYTES * vocab,
@@ -133,14 +131,14 @@ def estimate_memory(
     """What a model will take, see :class:`MemoryModel`.
 
     Args:
-        bundle: As there, like ``compiled``, ``prefill_chunk`` and the error.
-        context: Tokens that the cache is made for.
+        bundle: As there, like ``prefill_chunk`` and the error.
+        context: As for its method, like ``compiled`` and ``slots``.
         compiled: See there.
         prefill_chunk: See there.
-        slots: Sequences that are answered at once.
+        slots: See there.
     """
-    model = MemoryModel(bundle, compiled=compiled, prefill_chunk=prefill_chunk)
-    return model.estimate(context, slots=slots)
+    model = MemoryModel(bundle, prefill_chunk=prefill_chunk)
+    return model.estimate(context, slots=slots, compiled=compiled)
 
 
 def fitting_context(

@@ -112,14 +112,7 @@ class Model:
             folder("prefix_cache", options.get("prefix_cache")),
             limit=parse_bytes("prefix_cache_limit", options.get("prefix_cache_limit", LIMIT)),
         )
-        self._compiled = None
-        if tuning.compiled:
-            self._compiled = compiled_graph(
-                bundle, cache_dir=cache_dir, threads=self.threads, verify=verify
-            )
-        self._sizes = sizes = Sizes(
-            bundle, options, compiled=self._compiled, widest=tuning.prefill_chunk
-        )
+        self._sizes = sizes = Sizes(bundle, options, widest=tuning.prefill_chunk)
         self.context, self.slots = sizes.context, sizes.slots
         try:
             self._defaults = Sampling.from_dict(manifest.sampling)
@@ -128,6 +121,11 @@ class Model:
         self.templates = {
             name: bundle.read_text(file) for name, file in manifest.chat.templates.items()
         }
+        self._compiled = None
+        if tuning.compiled:  # this may be much work, so whatever may be wrong was told before
+            self._compiled = compiled_graph(
+                bundle, cache_dir=cache_dir, threads=self.threads, verify=verify
+            )
         # Each takes one core, and a large vocabulary about as long as packing weights.
         with ThreadPoolExecutor(1, "edge_llm-tokenizer") as beside:
             reading = beside.submit(self._read_tokenizer)
@@ -151,7 +149,7 @@ class Model:
     @property
     def memory(self) -> MemoryEstimate:
         """What the model takes when its slots are full, as it was loaded."""
-        return self._sizes.memory
+        return self._sizes.memory(self._compiled)
 
     def prompt_tokens(
         self, prompt: Prompt | NDArray[np.int64], name: str = "prompt"

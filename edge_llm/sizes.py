@@ -28,7 +28,6 @@ class Sizes:
     Args:
         bundle: The model.
         options: What was asked for.
-        compiled: Its compiled graph, where it is loaded by that.
         widest: Most tokens of a prompt to feed at once, where it was tuned.
 
     Attributes:
@@ -41,10 +40,8 @@ class Sizes:
         MemoryLimitError: Nothing fits into the memory limit.
     """
 
-    def __init__(
-        self, bundle: Bundle, options: LoadOptions, *, compiled: Path | None, widest: int | None
-    ) -> None:
-        self._bundle, self._compiled, self._widest = bundle, compiled, widest
+    def __init__(self, bundle: Bundle, options: LoadOptions, *, widest: int | None) -> None:
+        self._bundle, self._widest = bundle, widest
         longest = bundle.manifest.dims.context
         most = most_rows(bundle.manifest, MOST_SLOTS)
         wanted = integer("context", options.get("context"), 2, longest)
@@ -62,18 +59,13 @@ class Sizes:
             )
         self.slots = slots or self._default_slots(min(most, DEFAULT_SLOTS), limit)
 
-    @functools.cached_property
-    def memory(self) -> MemoryEstimate:
-        """What the model takes when its slots are full."""
-        return self._model.estimate(self.context, slots=self.slots)
+    def memory(self, compiled: Path | None) -> MemoryEstimate:
+        """What the model takes when its slots are full, loaded by a compiled graph or not."""
+        return self._model.estimate(self.context, slots=self.slots, compiled=compiled)
 
     @functools.cached_property
     def _model(self) -> MemoryModel:
-        return MemoryModel(
-            self._bundle,
-            compiled=self._compiled,
-            prefill_chunk=self.prefill_chunk or self._widest,
-        )
+        return MemoryModel(self._bundle, prefill_chunk=self.prefill_chunk or self._widest)
 
     def _default_slots(self, most: int, limit: int | None) -> int:
         """As many slots as fit into the limit, and take no large share of the machine's memory."""

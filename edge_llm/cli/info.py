@@ -142,8 +142,8 @@ def _memory(
     compiled = None
     if tuning.get("compiled", True):
         compiled = find_compiled(bundle, cache_dir=cache_dir)
-    model = MemoryModel(bundle, compiled=compiled, prefill_chunk=tuning.get("prefill_chunk"))
-    estimates = {str(context): model.estimate(context) for context in contexts}
+    model = MemoryModel(bundle, prefill_chunk=tuning.get("prefill_chunk"))
+    estimates = {str(one): model.estimate(one, compiled=compiled) for one in contexts}
     return {
         "compiled": None if compiled is None else str(compiled.parent),
         "cache_per_token": state_bytes(growing, rows=1, capacity=1),

@@ -76,6 +76,15 @@ def test_packed_weights_are_mapped_rather_than_made(tiny_bundle: Path, tmp_path:
         assert llm.memory.weights_file >= 0.8 * mapped
 
 
+@pytest.mark.parametrize("wrong", [{"context": 10**9}, {"slots": 0}, {"memory_limit": "1MB"}])
+def test_nothing_is_compiled_for_what_cannot_be_loaded(
+    wrong: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError):
+        LLM(tiny_bundle, cache_dir=tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
 def test_loading_writes_only_where_it_was_told_to(tiny_bundle: Path, home: Path) -> None:
     beside = compiled_folder(beside=tiny_bundle)
     LLM(tiny_bundle).close()
