@@ -13,7 +13,6 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +57,6 @@ from edge_llm.sizes import Sizes
 from edge_llm.states import open_prefixes, state_owner
 from edge_llm.text.tokenizer import Tokenizer
 from edge_llm.tuning import Tuning, find_tuning
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 __all__ = ["Model", "Prompt"]
 
@@ -129,10 +125,10 @@ class Model:
         # Each takes one core, and a large vocabulary about as long as packing weights.
         with ThreadPoolExecutor(1, "edge_llm-tokenizer") as beside:
             reading = beside.submit(self._read_tokenizer)
-            session = self._open_session()
+            decoder = self._open_decoder()
             self.tokenizer = reading.result()
         release_memory()  # reading a tokenizer frees nearly as much as it keeps
-        self.engine = self._make_engine(session, queue_limit, on_request)
+        self.engine = self._make_engine(decoder, queue_limit, on_request)
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self.finalizer = weakref.finalize(self, _close, self.engine, self.prefixes)
         self.load_seconds = time.perf_counter() - started
@@ -282,25 +278,26 @@ class Model:
             vocab=manifest.dims.vocab,
         )
 
-    def _open_session(self) -> ort.InferenceSession:
-        return open_session(
-            self.bundle.file(self.manifest.decoder.graph),
+    def _open_decoder(self) -> Decoder:
+        manifest, tuning = self.manifest, self.tuning
+        session = open_session(
+            self.bundle.file(manifest.decoder.graph),
             compiled=self._compiled,
             threads=self.threads,
-            minimum=self.manifest.min_onnxruntime,
-            spin=self.tuning.spin,
-            affinities=self.tuning.affinities,
+            minimum=manifest.min_onnxruntime,
+            spin=tuning.spin,
+            affinities=tuning.affinities,
         )
+        return open_decoder(session, manifest, capacity=self.context, rows=self.slots)
 
     def _make_engine(
         self,
-        session: ort.InferenceSession,
+        decoder: Decoder,
         queue_limit: int,
         on_request: Callable[[RequestReport], object] | None,
     ) -> Engine:
         """The engine on a graph that was just opened, and what chooses its drafts."""
         manifest, tuning = self.manifest, self.tuning
-        decoder = open_decoder(session, manifest, capacity=self.context, rows=self.slots)
         single = _single_token(decoder)
         planner = ChunkPlanner(
             fixed=self._sizes.prefill_chunk,
