@@ -93,7 +93,8 @@ class Bundle:
             return cls._open_foreign(folder, variant, verify=verify)
         if variant is not None:
             raise ArgumentError("variant", "left out with a bundle: it has one graph", variant)
-        bundle = cls(folder, Manifest.from_json(text))
+        # Absolute, since the process may go to work elsewhere while it holds the bundle.
+        bundle = cls(folder.absolute(), Manifest.from_json(text))
         bundle._check_sizes()
         if verify:
             bundle.verify(on_file=on_file)
@@ -121,7 +122,9 @@ class Bundle:
             )
         manifest, texts = derive_manifest(folder, found)
         products = block_products(read_onnx(folder / found.graph).nodes)
-        return cls(folder, manifest, found.variants, texts, foreign=True, products=products)
+        return cls(
+            folder.absolute(), manifest, found.variants, texts, foreign=True, products=products
+        )
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists."""

@@ -14,26 +14,35 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from edge_llm.bundle import Bundle, sha256_file
-from edge_llm.caching.folder import CacheFolder, default_cache_folder
-from edge_llm.errors import ArgumentError, RuntimeFailure
+from edge_llm.caching.folder import (
+    CacheFolder,
+    default_cache_folder,
+    is_readable,
+    own_cache_folder,
+)
+from edge_llm.errors import ArgumentError, CacheWarning, RuntimeFailure
 from edge_llm.runtime.device import cpu_identity
 from edge_llm.runtime.session import create_session, import_onnxruntime
 
-__all__ = ["CompiledModels", "compiled_folder", "compiled_graph"]
+__all__ = ["CompiledModels", "compiled_folder", "compiled_graph", "find_compiled"]
 
 FORMAT = 1
 GRAPH = "model.onnx"
 LIST = "files.json"
 KIND = "compiled"
+NAMED = "[0-9a-f]{32}"
 
 LIMIT = 16 << 30
 """Bytes of a cache folder by default: some ten models of a billion parameters."""
 
 # What packing may add to the weights on the disk, besides a second copy: sums and scales of blocks.
 GROWTH = 2.5
+# Where less is left behind a failure, it was the disk.
+NEARLY_FULL = 1 << 20
 
 
 class CompiledModels:
@@ -46,10 +55,13 @@ class CompiledModels:
     Args:
         path: The folder.
         limit: Most bytes of all compiled models together.
+        mode: Rights that the folder is made with; by default it is for this user alone.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, limit: int = LIMIT) -> None:
-        self._folder = CacheFolder(path, limit=limit)
+    def __init__(
+        self, path: str | os.PathLike[str], *, limit: int = LIMIT, mode: int = 0o700
+    ) -> None:
+        self._folder = CacheFolder(path, limit=limit, named=NAMED, mode=mode)
         self.path = self._folder.path
 
     def find(self, bundle: Bundle, *, verify: bool = False) -> Path | None:
@@ -59,17 +71,18 @@ class CompiledModels:
             bundle: The bundle.
             verify: Compare the files' SHA-256 too, besides their sizes.
         """
-        if bundle.foreign or not self.path.is_dir():
+        if bundle.foreign or not is_readable(self.path):
             return None
         entry = self._folder.find(_name(bundle))
         return entry / GRAPH if entry is not None and _is_whole(entry, verify=verify) else None
 
-    def compile(self, bundle: Bundle, *, threads: int) -> Path | None:
+    def compile(self, bundle: Bundle, *, threads: int, verify: bool = False) -> Path | None:
         """Compile a bundle, unless that is done already; what was damaged is made anew.
 
         Args:
             bundle: The bundle; its files' hashes are compared first.
             threads: Threads to compute with.
+            verify: Look for damage by the SHA-256 of what is there too, besides the sizes.
 
         Returns:
             The compiled graph, or None where the folder cannot be written or its limit is too low
@@ -87,11 +100,15 @@ class CompiledModels:
                 "`edge-llm import` makes a bundle of it.",
             )
         name = _name(bundle)
-        if (found := self.find(bundle)) is not None:
+        if (found := self.find(bundle, verify=verify)) is not None:
             return found
         if self._folder.find(name) is not None:
             self._folder.remove(name)
-        entry = self._folder.publish(name, lambda stage: _write(bundle, stage, threads))
+        entry = self._folder.publish(
+            name, lambda stage: _write(bundle, stage, threads), size=_model_bytes(bundle)
+        )
+        if entry is None and self._folder.writable:
+            self._warn_of_limit()
         if entry is None or not _is_whole(entry, verify=False):
             return None
         return entry / GRAPH
@@ -103,6 +120,14 @@ class CompiledModels:
             Bytes that were freed.
         """
         return self._folder.prune(limit)
+
+    def _warn_of_limit(self) -> None:
+        warnings.warn(
+            f"The compiled model is not kept in {str(self.path)!r}: it takes more than that "
+            f"folder's limit of {self._folder.limit:,} bytes.",
+            CacheWarning,
+            stacklevel=3,
+        )
 
 
 def compiled_folder(
@@ -137,13 +162,31 @@ def compiled_graph(
         ArgumentError: ``cache_dir`` is given with a foreign folder.
         IntegrityError: A file of the bundle is altered, found before compiling it.
     """
-    places = [compiled_folder(beside=bundle.path), compiled_folder()]
-    if cache_dir is not None:
-        places.insert(0, compiled_folder(cache_dir))
-    for place in places:
-        if (graph := CompiledModels(place).find(bundle, verify=verify)) is not None:
-            return graph
-    return None if cache_dir is None else CompiledModels(places[0]).compile(bundle, threads=threads)
+    found = find_compiled(bundle, cache_dir=cache_dir, verify=verify)
+    if found is not None or cache_dir is None:
+        return found
+    models = CompiledModels(compiled_folder(cache_dir))
+    return models.compile(bundle, threads=threads, verify=verify)
+
+
+def find_compiled(
+    bundle: Bundle, *, cache_dir: str | os.PathLike[str] | None, verify: bool = False
+) -> Path | None:
+    """The compiled graph that is there to load a bundle by, or None.
+
+    Args:
+        bundle: The bundle.
+        cache_dir: A cache folder to look into first, before beside the bundle and in this user's.
+        verify: Compare the files' SHA-256 too.
+    """
+    named = None if cache_dir is None else compiled_folder(cache_dir)
+    beside = compiled_folder(beside=bundle.path)
+    for place in (named, beside, own_cache_folder(KIND)):
+        if place is not None and (place != beside or _is_trusted(beside, bundle)):
+            graph = CompiledModels(place).find(bundle, verify=verify)
+            if graph is not None:
+                return graph
+    return None
 
 
 def _name(bundle: Bundle) -> str:
@@ -157,14 +200,31 @@ def _name(bundle: Bundle) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _is_trusted(beside: Path, bundle: Bundle) -> bool:
+    """Whether what lies beside a bundle is from its owner, the system's or this user.
+
+    The folder around both may be one where anybody can put something, as /tmp is.
+    """
+    if not hasattr(os, "geteuid") or not is_readable(beside):
+        return True
+    return _owner(beside) in (_owner(bundle.path), 0, os.geteuid())
+
+
+def _owner(path: Path) -> int:
+    return path.stat().st_uid
+
+
+def _model_bytes(bundle: Bundle) -> int:
+    return sum(one.size for one in bundle.model_files.values())
+
+
 def _write(bundle: Bundle, stage: Path, threads: int) -> None:
     """Compile into a new folder.
 
     Raises:
         OSError: The system refuses.
     """
-    size = sum(one.size for one in bundle.model_files.values())
-    if shutil.disk_usage(stage.parent).free < GROWTH * size:
+    if shutil.disk_usage(stage.parent).free < GROWTH * _model_bytes(bundle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     bundle.verify()
     graph, minimum = bundle.file(bundle.manifest.decoder.graph), bundle.manifest.min_onnxruntime
@@ -175,7 +235,9 @@ def _write(bundle: Bundle, stage: Path, threads: int) -> None:
     except RuntimeFailure as error:
         # ONNX Runtime's way to say that a file cannot be written; a graph that it does not take is
         # told of when the bundle itself is opened.
-        raise OSError(errno.EIO, error.message) from error
+        full = shutil.disk_usage(stage).free < NEARLY_FULL
+        reason = os.strerror(errno.ENOSPC) if full else error.message
+        raise OSError(errno.ENOSPC if full else errno.EIO, reason) from error
     listed = {
         file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(stage.iterdir())

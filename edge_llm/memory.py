@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_llm.bundle import Bundle
     from edge_llm.manifest import Dims
 
-__all__ = ["MemoryEstimate", "estimate_memory", "fitting_context", "parse_bytes"]
+__all__ = ["MemoryEstimate", "MemoryModel", "estimate_memory", "fitting_context", "parse_bytes"]
 
 # Which input of which operator ONNX Runtime packs for the processor's kernels.
 _PACKED_INPUT = {
@@ -62,9 +62,9 @@ class MemoryEstimate:
         weights_anonymous: Weights that ONNX Runtime packs into memory when it loads the model, and
             its graph.
         kv: The key/value cache, when the context of every slot is full.
-        scratch: Activations of the widest step of a prompt (512 tokens, or ``prefill_chunk``) and
-            a row of logits of each slot. Slower machines take narrower steps. (Scoring texts takes
-            up to 16 MB of logits more.)
+        scratch: Activations of the widest step of a prompt (512 tokens, or ``prefill_chunk``, or
+            what was tuned) and a row of logits of each slot. Slower machines take narrower steps.
+            (Scoring texts takes up to 16 MB of logits more.)
         runtime: Python, its libraries (their code too), and the tokenizer.
     """
 
@@ -80,6 +80,46 @@ class MemoryEstimate:
         return sum(asdict(self).values())
 
 
+class MemoryModel:
+    """What a bundle takes by context and slots; its graph is read once for all of them.
+
+    Args:
+        bundle: The model.
+        prefill_chunk: Tokens of a prompt to feed at once; by default the most.
+
+    Raises:
+        IntegrityError: The graph cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, *, prefill_chunk: int | None = None) -> None:
+        self._manifest = bundle.manifest
+        graph = read_onnx(bundle.file(bundle.manifest.decoder.graph))
+        self._mapped, inline, self._packed = _weights(graph)
+        self._anonymous = inline + SESSION_BYTES + NODE_BYTES * len(graph.nodes)
+        self._activations = _activations(graph, bundle.manifest.dims)
+        self._widest = prefill_chunk or WIDEST_STEP
+
+    def estimate(
+        self, context: int, *, slots: int = 1, compiled: Path | None = None
+    ) -> MemoryEstimate:
+        """Predict.
+
+        Args:
+            context: Tokens that the cache is made for.
+            slots: Sequences that are answered at once.
+            compiled: Its compiled graph, where it is loaded by that: the sum is the same.
+        """
+        state, vocab = self._manifest.decoder.state, self._manifest.dims.vocab
+        step = min(context, self._widest)
+        return MemoryEstimate(
+            weights_file=self._mapped + (self._packed if compiled else 0),
+            weights_anonymous=self._anonymous + (0 if compiled else self._packed),
+            kv=state_bytes(state, rows=slots, capacity=context),
+            scratch=4 * (step * self._activations + slots * vocab),
+            runtime=PYTHON_BYTES + TOKEN_BYTES * vocab,
+        )
+
+
 def estimate_memory(
     bundle: Bundle,
     *,
@@ -88,30 +128,17 @@ def estimate_memory(
     prefill_chunk: int | None = None,
     slots: int = 1,
 ) -> MemoryEstimate:
-    """Predict what a model will take.
+    """What a model will take, see :class:`MemoryModel`.
 
     Args:
-        bundle: The model.
-        context: Tokens that the cache is made for.
-        compiled: Its compiled graph, where it is loaded by that.
-        prefill_chunk: Tokens of a prompt to feed at once; by default the most.
-        slots: Sequences that are answered at once.
-
-    Raises:
-        IntegrityError: The graph cannot be read.
+        bundle: As there, like ``prefill_chunk`` and the error.
+        context: As for its method, like ``compiled`` and ``slots``.
+        compiled: See there.
+        prefill_chunk: See there.
+        slots: See there.
     """
-    manifest = bundle.manifest
-    graph = read_onnx(bundle.file(manifest.decoder.graph))
-    mapped, inline, packed = _weights(graph)
-    session = SESSION_BYTES + NODE_BYTES * len(graph.nodes)
-    step = min(context, prefill_chunk or WIDEST_STEP)
-    return MemoryEstimate(
-        weights_file=mapped + (packed if compiled else 0),
-        weights_anonymous=inline + session + (0 if compiled else packed),
-        kv=state_bytes(manifest.decoder.state, rows=slots, capacity=context),
-        scratch=4 * (step * _activations(graph, manifest.dims) + slots * manifest.dims.vocab),
-        runtime=PYTHON_BYTES + TOKEN_BYTES * manifest.dims.vocab,
-    )
+    model = MemoryModel(bundle, prefill_chunk=prefill_chunk)
+    return model.estimate(context, slots=slots, compiled=compiled)
 
 
 def fitting_context(

@@ -11,6 +11,8 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,23 +32,24 @@ from edge_llm.engine.slots import Slots
 from edge_llm.engine.step_costs import StepCosts
 from edge_llm.engine.stepper import Stepper
 from edge_llm.errors import ArgumentError, ContextLengthError, ManifestError, SlowKernelWarning
-from edge_llm.memory import MemoryEstimate, estimate_memory, fitting_context, parse_bytes
+from edge_llm.memory import MemoryEstimate, parse_bytes
 from edge_llm.options import (
     GenerateOptions,
     LoadOptions,
     build_request,
     cancel_event,
     check_names,
+    folder,
     integer,
     priority_level,
     seconds,
 )
 from edge_llm.results import Chunk, Completion, RequestReport
 from edge_llm.runtime.decoder import Decoder
-from edge_llm.runtime.device import available_memory, release_memory
-from edge_llm.runtime.kv_cache import state_bytes
-from edge_llm.runtime.layouts import most_rows, open_decoder
+from edge_llm.runtime.device import release_memory
+from edge_llm.runtime.layouts import open_decoder
 from edge_llm.runtime.session import open_session, resolve_threads
+from edge_llm.sizes import Sizes
 from edge_llm.states import open_prefixes, state_owner
 from edge_llm.text.tokenizer import Tokenizer
 from edge_llm.tuning import Tuning, find_tuning
@@ -55,13 +58,7 @@ __all__ = ["Model", "Prompt"]
 
 Prompt = str | Sequence[int]
 
-DEFAULT_CONTEXT = 4096
-MOST_SLOTS = 64
 QUEUE_LIMIT = 256
-# Unless told otherwise: a slot costs memory only once it is used, and all of them together take no
-# more than this share of what the machine has left.
-DEFAULT_SLOTS = 4
-SHARE_OF_MEMORY = 0.25
 
 
 class Model:
@@ -94,7 +91,8 @@ class Model:
         if bundle.slow and bundle.path != BUNDLE:
             warnings.warn(bundle.slow, SlowKernelWarning, stacklevel=3)  # whoever called LLM(...)
         self.manifest = manifest = bundle.manifest
-        self.tuning = tuning = _tuning(bundle, options)
+        cache_dir = folder("cache_dir", options.get("cache_dir"))
+        self.tuning = tuning = _tuning(bundle, options.get("threads"), cache_dir)
         self.threads = tuning.threads
         queue_limit = integer("queue_limit", options.get("queue_limit", QUEUE_LIMIT), 1)
         assert queue_limit is not None
@@ -103,31 +101,30 @@ class Model:
             raise ArgumentError("on_request", "a function", on_request)
         self.prefixes = open_prefixes(
             bundle,
-            options.get("prefix_cache"),
+            folder("prefix_cache", options.get("prefix_cache")),
             limit=parse_bytes("prefix_cache_limit", options.get("prefix_cache_limit", LIMIT)),
         )
-        self._compiled = None
-        if tuning.compiled:
-            self._compiled = compiled_graph(
-                bundle, cache_dir=options.get("cache_dir"), threads=self.threads, verify=verify
-            )
-        self._resolve_sizes(options)
+        self._sizes = sizes = Sizes(bundle, options, widest=tuning.prefill_chunk)
+        self.context, self.slots = sizes.context, sizes.slots
         try:
             self._defaults = Sampling.from_dict(manifest.sampling)
         except ArgumentError as error:
             raise ManifestError(f"sampling: {error.message}", "Export the bundle again.") from error
-        self.tokenizer = Tokenizer.from_file(
-            bundle.file(manifest.tokenizer),
-            bos=manifest.tokens.bos,
-            eos=manifest.tokens.eos,
-            add_bos=manifest.tokens.add_bos,
-            vocab=manifest.dims.vocab,
-        )
         self.templates = {
             name: bundle.read_text(file) for name, file in manifest.chat.templates.items()
         }
+        self._compiled = None
+        if tuning.compiled:  # this may be much work, so whatever may be wrong was told before
+            self._compiled = compiled_graph(
+                bundle, cache_dir=cache_dir, threads=self.threads, verify=verify
+            )
+        # Each takes one core, and a large vocabulary about as long as packing weights.
+        with ThreadPoolExecutor(1, "edge_llm-tokenizer") as beside:
+            reading = beside.submit(self._read_tokenizer)
+            decoder = self._open_decoder()
+            self.tokenizer = reading.result()
         release_memory()  # reading a tokenizer frees nearly as much as it keeps
-        self.engine = self._open_engine(queue_limit, on_request)
+        self.engine = self._make_engine(decoder, queue_limit, on_request)
         # Runs when the object goes, and at exit: the engine's thread must not outlive Python.
         self.finalizer = weakref.finalize(self, _close, self.engine, self.prefixes)
         self.load_seconds = time.perf_counter() - started
@@ -141,10 +138,10 @@ class Model:
         """
         return state_owner(self.bundle)
 
-    @functools.cached_property
+    @property
     def memory(self) -> MemoryEstimate:
         """What the model takes when its slots are full, as it was loaded."""
-        return self._estimate(self.context, self.slots)
+        return self._sizes.memory(self._compiled)
 
     def prompt_tokens(
         self, prompt: Prompt | NDArray[np.int64], name: str = "prompt"
@@ -268,23 +265,39 @@ class Model:
                 if chunk := _chunk(generation, result, options):
                     yield chunk
 
-    def _open_engine(
-        self, queue_limit: int, on_request: Callable[[RequestReport], object] | None
-    ) -> Engine:
-        """The engine on a graph that was just opened, and what chooses its drafts."""
-        bundle, manifest, tuning = self.bundle, self.manifest, self.tuning
+    def _read_tokenizer(self) -> Tokenizer:
+        manifest = self.manifest
+        return Tokenizer.from_file(
+            self.bundle.file(manifest.tokenizer),
+            bos=manifest.tokens.bos,
+            eos=manifest.tokens.eos,
+            add_bos=manifest.tokens.add_bos,
+            vocab=manifest.dims.vocab,
+        )
+
+    def _open_decoder(self) -> Decoder:
+        manifest, tuning = self.manifest, self.tuning
         session = open_session(
-            bundle.file(manifest.decoder.graph),
+            self.bundle.file(manifest.decoder.graph),
             compiled=self._compiled,
             threads=self.threads,
             minimum=manifest.min_onnxruntime,
             spin=tuning.spin,
             affinities=tuning.affinities,
         )
-        decoder = open_decoder(session, manifest, capacity=self.context, rows=self.slots)
+        return open_decoder(session, manifest, capacity=self.context, rows=self.slots)
+
+    def _make_engine(
+        self,
+        decoder: Decoder,
+        queue_limit: int,
+        on_request: Callable[[RequestReport], object] | None,
+    ) -> Engine:
+        """The engine on a graph that was just opened, and what chooses its drafts."""
+        manifest, tuning = self.manifest, self.tuning
         single = _single_token(decoder)
         planner = ChunkPlanner(
-            fixed=self._fixed_chunk,
+            fixed=self._sizes.prefill_chunk,
             widest=min(decoder.widest, tuning.prefill_chunk or decoder.widest),
             single_token=single,
         )
@@ -301,52 +314,12 @@ class Model:
             on_request=on_request,
         )
 
-    def _resolve_sizes(self, options: LoadOptions) -> None:
-        """Choose context and slots, by what was asked for and by what fits into memory."""
-        longest = self.manifest.dims.context
-        wanted = integer("context", options.get("context"), 2, longest)
-        most = most_rows(self.manifest, MOST_SLOTS)
-        slots = integer("slots", options.get("slots"), 1, most)
-        self.context = wanted or min(longest, DEFAULT_CONTEXT)
-        self._fixed_chunk = integer("prefill_chunk", options.get("prefill_chunk"), 1, self.context)
-        limit = None
-        if (told := options.get("memory_limit")) is not None:
-            limit = parse_bytes("memory_limit", told)
-            self.context = fitting_context(
-                lambda context: self._estimate(context, slots or 1),
-                longest=self.context,
-                shortest=wanted or 2,
-                limit=limit,
-            )
-        self.slots = slots or self._default_slots(min(most, DEFAULT_SLOTS), limit)
 
-    def _default_slots(self, most: int, limit: int | None) -> int:
-        """As many slots as fit into the limit, and take no large share of the machine's memory."""
-        row = state_bytes(self.manifest.decoder.state, rows=1, capacity=self.context)
-        left = available_memory()
-        if left is not None:
-            most = max(1, min(most, int(SHARE_OF_MEMORY * left) // row))
-        while limit is not None and most > 1 and self._estimate(self.context, most).total > limit:
-            most -= 1
-        return most
-
-    def _estimate(self, context: int, slots: int) -> MemoryEstimate:
-        return estimate_memory(
-            self.bundle,
-            context=context,
-            compiled=self._compiled,
-            prefill_chunk=self._fixed_chunk,
-            slots=slots,
-        )
-
-
-def _tuning(bundle: Bundle, options: LoadOptions) -> Tuning:
+def _tuning(bundle: Bundle, threads: int | None, cache_dir: Path | None) -> Tuning:
     """What was found for this bundle here, unless another number of threads is asked for."""
-    default = Tuning(threads=resolve_threads(options.get("threads")))
-    found = find_tuning(bundle, cache_dir=options.get("cache_dir"))
-    if found is None or options.get("threads") not in (None, found.threads):
-        return default
-    return found
+    default = Tuning(threads=resolve_threads(threads))
+    found = find_tuning(bundle, cache_dir=cache_dir)
+    return default if found is None or threads not in (None, found.threads) else found
 
 
 async def _aresults(engine: Engine, job: Job) -> AsyncGenerator[object, None]:

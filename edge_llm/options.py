@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "build_request",
     "cancel_event",
     "check_names",
+    "folder",
     "integer",
     "priority_level",
     "seconds",
@@ -248,6 +250,21 @@ def integer(name: str, value: object, lowest: int, highest: int | None = None) -
         domain = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise ArgumentError(name, f"an integer {domain}", value)
     return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def folder(name: str, value: object) -> Path | None:
+    """The path of a folder, or None.
+
+    Raises:
+        ArgumentError: It is neither, or empty, which would be the folder that the process is in.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str) and path and "\0" not in path:
+            return Path(path)
+    raise ArgumentError(name, "the path of a folder", value)
 
 
 def seconds(name: str, value: object) -> float | None:

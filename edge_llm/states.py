@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edge_llm.bundle import Bundle
-from edge_llm.caching.folder import default_cache_folder
+from edge_llm.caching.folder import default_cache_folder, own_cache_folder
 from edge_llm.caching.prefixes import LIMIT, PrefixCache
 from edge_llm.caching.state_file import VERSION
 from edge_llm.errors import ArgumentError
@@ -18,10 +18,12 @@ from edge_llm.runtime.session import import_onnxruntime
 
 __all__ = ["default_prefix_cache", "open_prefixes", "state_owner"]
 
+KIND = "prefixes"
+
 
 def default_prefix_cache() -> Path:
     """This user's folder of baked prefixes, in which every run looks."""
-    return default_cache_folder("prefixes")
+    return default_cache_folder(KIND)
 
 
 def state_owner(bundle: Bundle) -> str:
@@ -68,7 +70,7 @@ def open_prefixes(
     """
     if path is not None:
         return PrefixCache(path, owner=state_owner(bundle), limit=limit)
-    default = default_prefix_cache()
-    if bundle.foreign or not default.is_dir():
+    own = own_cache_folder(KIND)
+    if bundle.foreign or own is None:
         return None
-    return PrefixCache(default, owner=state_owner(bundle), writes=False)
+    return PrefixCache(own, owner=state_owner(bundle), writes=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_llm.bundle import Bundle
-from edge_llm.compiled import CompiledModels, compiled_folder, compiled_graph
+from edge_llm.compiled import find_compiled
 from edge_llm.engine.step_costs import WIDTHS
 from edge_llm.runtime.decoder import Decoder
 from edge_llm.runtime.device import big_cpus, cpus_of_cores, usable_cores
@@ -86,8 +86,7 @@ def tune(
     """
     check_tunable(bundle)
     default = resolve_threads(threads)
-    places = [cache_dir] if cache_dir is not None else []
-    compiled = _find_compiled(bundle, places, default)
+    compiled = find_compiled(bundle, cache_dir=cache_dir)
     best, trials = Tuning(threads=default), list[Trial]()
 
     def compare(name: str, **changes: object) -> None:
@@ -114,14 +113,6 @@ def tune(
     on_phase("steps of several tokens")
     costs = _step_costs(decoder, 2 * rounds) if decoder.verifies else {}
     return dataclasses.replace(best, prefill_chunk=chunk, step_costs=costs), trials
-
-
-def _find_compiled(bundle: Bundle, places: list[str | Path], threads: int) -> Path | None:
-    """The compiled form that a later load would find; nothing is compiled for this."""
-    for place in places:
-        if (graph := CompiledModels(compiled_folder(place)).find(bundle)) is not None:
-            return graph
-    return compiled_graph(bundle, cache_dir=None, threads=threads, verify=False)
 
 
 def _thread_counts(default: int) -> list[int]:

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from edge_llm.bundle import Bundle
-from edge_llm.caching.folder import default_cache_folder, write_through
+from edge_llm.caching.folder import (
+    default_cache_folder,
+    is_readable,
+    own_cache_folder,
+    write_through,
+)
 from edge_llm.engine.step_costs import WIDTHS
 from edge_llm.errors import ArgumentError, CacheWarning
 from edge_llm.runtime.device import cpu_allowance, cpu_identity
@@ -90,11 +95,11 @@ def find_tuning(bundle: Bundle, *, cache_dir: str | os.PathLike[str] | None) -> 
     """
     if bundle.foreign:
         return None
-    folders = (
-        [tuning_folder()] if cache_dir is None else [tuning_folder(cache_dir), tuning_folder()]
-    )
-    # What the names hang on takes onnxruntime, which is not loaded for nothing.
-    for folder in filter(Path.is_dir, folders):
+    named = None if cache_dir is None else tuning_folder(cache_dir)
+    for folder in (named, own_cache_folder(KIND)):
+        # What the names hang on takes onnxruntime, which is not loaded for nothing.
+        if folder is None or not is_readable(folder):
+            continue
         if (tuning := _read(folder / _name(bundle))) is not None:
             return tuning
     return None

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edge_llm.errors import CacheWarning
+from edge_llm.errors import CacheWarning, PlatformError
 
-__all__ = ["CacheFolder", "default_cache_folder", "exclusive", "write_through"]
+__all__ = [
+    "CacheFolder",
+    "default_cache_folder",
+    "exclusive",
+    "is_readable",
+    "is_writable",
+    "own_cache_folder",
+    "write_through",
+]
 
 log = logging.getLogger("edge_llm")
 
 LOCK = ".lock"
 STAGE = ".stage"
+
+# A file that is being written changes all the time: one that has not for so many seconds was left
+# by a writer that was killed.
+ABANDONED = 3600
 
 
 class CacheFolder:
@@ -36,25 +51,41 @@ class CacheFolder:
     Names are the caller's keys: content must follow from the name, so that any writer's will do.
 
     Args:
-        path: The folder; made, for this user alone, by the first entry.
+        path: The folder; made by the first entry.
         limit: Most bytes of all entries together, at least 1.
+        named: What entries' names look like. All else that lies there is somebody's own, which is
+            neither counted nor removed.
         lasting: Entries whose names begin so go only when no others are left.
+        mode: Rights that the folder is made with; by default it is for this user alone.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, limit: int, lasting: tuple[str, ...] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limit: int,
+        named: str = r"[^.].*",
+        lasting: tuple[str, ...] = (),
+        mode: int = 0o700,
     ) -> None:
         assert limit > 0
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the process may go to work elsewhere
         self.limit = limit
+        self._named = re.compile(named)
         self._lasting = lasting
+        self._mode = mode
         self._writable = True
         self._degrading = threading.Lock()
+
+    @property
+    def writable(self) -> bool:
+        """Whether nothing has ended writing yet."""
+        return self._writable
 
     def names(self) -> list[str]:
         """The names of all entries."""
         try:
-            return [one.name for one in os.scandir(self.path) if not one.name.startswith(".")]
+            return [one.name for one in os.scandir(self.path) if self._named.fullmatch(one.name)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -70,28 +101,29 @@ class CacheFolder:
         # Where the folder is not writable nobody evicts, so the mark is not missed.
         with contextlib.suppress(OSError):
             os.utime(path)
-        return path if path.exists() else None
+        return path if _is_there(path) else None
 
     def publish(
-        self, name: str, write: Callable[[Path], None], *, wait: bool = True
+        self, name: str, write: Callable[[Path], None], *, wait: bool = True, size: int = 0
     ) -> Path | None:
         """Write an entry, unless there is one of this name.
 
         Args:
-            name: The entry's name; must not start with a dot.
+            name: The entry's name.
             write: Makes a file or folder at the path that it gets; may raise OSError.
             wait: Wait for other writers, rather than leave it where one is at work.
+            size: Bytes that it takes at least: what is larger than the limit is not begun.
 
         Returns:
             The entry's path, or None where it is not there: another writer was at work, it is
             larger than the limit, or the folder cannot be written (a warning told of that).
         """
-        assert not name.startswith(".")
-        if not self._writable:
+        assert self._named.fullmatch(name)
+        if not self._writable or size > self.limit:
             return None
         target = self.path / name
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=self._mode, parents=True, exist_ok=True)
             with exclusive(self.path / LOCK, wait=wait) as held:
                 if held and not target.exists():
                     self._write(target, write)
@@ -116,12 +148,12 @@ class CacheFolder:
         Returns:
             Bytes that were freed.
         """
-        if not self.path.is_dir():
-            return 0
         try:
             with exclusive(self.path / LOCK, wait=True):
                 self._sweep()
                 return self._evict(self.limit if limit is None else limit)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
         except OSError as error:
             self._degrade(error)
             return 0
@@ -147,7 +179,8 @@ class CacheFolder:
     def _sweep(self) -> None:
         """Remove what killed writers left; who holds the lock is the only living one."""
         for left in self.path.glob(f"{STAGE}.*"):
-            _delete(left)
+            if self._named.fullmatch(left.name.removeprefix(f"{STAGE}.")):
+                _delete(left)
 
     def _evict(self, room: int) -> int:
         """Remove entries until all together take at most ``room`` bytes; gives what was freed."""
@@ -183,13 +216,51 @@ class CacheFolder:
 
 
 def default_cache_folder(kind: str) -> Path:
-    """Where this user's cached files of a kind lie unless told otherwise (XDG Base Directory)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "edge-llm" / kind
+    """Where this user's cached files of a kind lie unless told otherwise (XDG Base Directory).
+
+    Raises:
+        PlatformError: The system knows no home of this user.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "edge-llm" / kind
+    except RuntimeError as error:
+        raise PlatformError(
+            "This user has no home directory, in which a cache folder would be.",
+            "Name a folder, or set XDG_CACHE_HOME to one.",
+        ) from error
+
+
+def own_cache_folder(kind: str) -> Path | None:
+    """That folder where it is there and may be read; else, and without a home, None."""
+    try:
+        folder = default_cache_folder(kind)
+    except PlatformError:
+        return None
+    return folder if is_readable(folder) else None
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether a folder is there, and this user may look into it."""
+    try:
+        return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    except OSError:  # one around it may not be looked into
+        return False
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this user may write into a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def write_through(target: Path, write: Callable[[Path], None]) -> None:
     """Write one file so that its place holds the old content or the new one, never a mixture.
+
+    What a killed writer of this file left beside it goes when one comes an hour later.
 
     Raises:
         OSError: The system refuses; nothing is left behind.
@@ -199,12 +270,20 @@ def write_through(target: Path, write: Callable[[Path], None]) -> None:
     own = f"{os.getpid()}-{threading.get_ident()}"
     stage = target.with_name(f".{target.name}.{own}{STAGE}")
     try:
+        _clear_abandoned(target)
         write(stage)
         _sync(stage)
         stage.replace(target)
         _sync_folder(target.parent)
     finally:
         _delete(stage)
+
+
+def _clear_abandoned(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{STAGE}"):
+        with contextlib.suppress(OSError):  # another one clears it, or it is not this user's
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                _delete(left)
 
 
 @contextlib.contextmanager
@@ -283,6 +362,14 @@ def _sync_one(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _size(path: Path) -> int:

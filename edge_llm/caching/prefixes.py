@@ -35,6 +35,7 @@ __all__ = ["LIMIT", "Found", "Offer", "PrefixCache", "Snapshot", "common_length"
 log = logging.getLogger("edge_llm")
 
 BAKED = "baked-"
+NAMED = rf"({BAKED})?[0-9a-f]{{32}}-[0-9a-f]{{32}}"
 
 LIMIT = 1 << 30
 """Bytes of a prefix cache by default: some twenty prompts of 1,000 tokens of a 135M model."""
@@ -108,7 +109,7 @@ class PrefixCache:
     def __init__(
         self, path: str | os.PathLike[str], *, owner: str, limit: int = LIMIT, writes: bool = True
     ) -> None:
-        self._folder = CacheFolder(path, limit=limit, lasting=(BAKED,))
+        self._folder = CacheFolder(path, limit=limit, named=NAMED, lasting=(BAKED,))
         self.path = self._folder.path
         self.owner = owner
         self.writes = writes
@@ -241,7 +242,8 @@ class PrefixCache:
             write_state(stage, self.owner, held.tokens, held.arrays)
             log.debug("wrote %s in %.3f s", name, time.perf_counter() - started)
 
-        path = self._folder.publish(name, write, wait=wait)
+        size = sum(array.nbytes for array in held.arrays.values())
+        path = self._folder.publish(name, write, wait=wait, size=size)
         if path is not None:
             with self._lock:
                 self._tokens[name] = held.tokens.astype(np.int32)

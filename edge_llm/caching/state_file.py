@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 __all__ = ["DoubtfulFileError", "SavedState", "cut", "read_tokens", "write_state"]
 
 MAGIC = b"edge-kv\0"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows' own
+PAGE = 512  # 64-bit numbers
 START = struct.Struct("<8sIIQ32s")
 
 
@@ -199,8 +200,14 @@ def _read_header(file: BinaryIO, owner: str) -> tuple[dict[str, Any], int]:
     header = file.read(length) if length <= size else b""
     if hashlib.sha256(header).digest() != digest:
         raise DoubtfulFileError("Its header is damaged.")
-    document: dict[str, Any] = json.loads(header)
-    if document["owner"] != owner:
+    try:
+        document: dict[str, Any] = json.loads(header)
+        written_for, tokens = document["owner"], document["tokens"]
+        if not (isinstance(tokens, int) and 0 <= 4 * tokens <= size):
+            raise ValueError(f"{tokens!r} tokens")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DoubtfulFileError(f"The header is not valid: {error}.") from error
+    if written_for != owner:
         raise DoubtfulFileError(
             "It was written for another model, version of onnxruntime, or processor."
         )
@@ -210,22 +217,24 @@ def _read_header(file: BinaryIO, owner: str) -> tuple[dict[str, Any], int]:
 def _read_tokens(file: BinaryIO, header: Mapping[str, Any], at: int) -> NDArray[np.int32]:
     file.seek(at)
     content = file.read(4 * header["tokens"])
-    if hashlib.sha256(content).hexdigest() != header["tokens_sha256"]:
+    if hashlib.sha256(content).hexdigest() != header.get("tokens_sha256"):
         raise DoubtfulFileError("Its tokens are damaged.")
     return np.frombuffer(content, "<i4").astype(np.int32, copy=False)
 
 
 def _checksum(array: NDArray[np.generic]) -> str:
-    """The sum of a contiguous array's bytes, taken as 64-bit numbers, modulo 2**64; in hexadecimal.
+    """A hash of the sums of a contiguous array's pages, each of 64-bit numbers modulo 2**64.
 
-    Any single changed word changes it, and it is as fast as memory can be read. What it is to find
-    are blocks that a disk lost or mixed up, not forgeries: a cache is trusted as its folder is.
+    Any single changed word changes it, and pages that change places do; it is as fast as memory can
+    be read. What it is to find are blocks that a disk lost or mixed up, not forgeries: a cache is
+    trusted as its folder is.
     """
     content = array.reshape(-1).view(np.uint8)
-    whole = len(content) // 8 * 8
-    rest = int.from_bytes(content[whole:].tobytes(), "little")
-    words = content[:whole].view("<u8")
-    return f"{(int(words.sum(dtype=np.uint64)) + rest) % 2**64:016x}"
+    paged = len(content) // (8 * PAGE) * (8 * PAGE)
+    sums = content[:paged].view("<u8").reshape(-1, PAGE).sum(axis=1, dtype="<u8")
+    digest = hashlib.sha256(sums.data)
+    digest.update(content[paged:].data)
+    return digest.hexdigest()[:16]
 
 
 def _size(dtype: np.dtype[Any], shape: Sequence[int]) -> int:

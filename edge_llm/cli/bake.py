@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
 from edge_llm.cli.layout import Progress, megabytes, write
 from edge_llm.cli.options import require_template
-from edge_llm.errors import ArgumentError, ChatTemplateError
+from edge_llm.errors import ArgumentError, ChatTemplateError, SessionError
 
 if TYPE_CHECKING:
     from edge_llm.llm import LLM
@@ -84,8 +85,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _bake(arguments: argparse.Namespace, folder: str, limit: int) -> tuple[dict[str, object], str]:
+    from edge_llm.caching.folder import is_writable
     from edge_llm.llm import LLM
 
+    if not is_writable(Path(folder)):  # found out now rather than behind the work
+        raise _nothing_baked(folder)
     progress = Progress()
     try:
         progress.show("loading ...")
@@ -101,11 +105,20 @@ def _bake(arguments: argparse.Namespace, folder: str, limit: int) -> tuple[dict[
                 prefix,
                 on_prompt=lambda done, total: progress.show(f"{done} of {total} tokens"),
             )
+    except SessionError as error:  # which names the option of LLM(...)
+        raise _nothing_baked(folder) from error
     finally:
         progress.show("")
     size = entry.stat().st_size
     document = {"path": str(entry), "tokens": len(prefix), "size": size}
     return document, f"Baked {len(prefix)} tokens into {entry} ({megabytes(size)}).\n"
+
+
+def _nothing_baked(folder: str) -> SessionError:
+    return SessionError(
+        f"Nothing was baked into {folder!r}.",
+        "Choose another folder with --prefix-cache, free some disk space, or raise --limit.",
+    )
 
 
 def _tokens(llm: LLM, arguments: argparse.Namespace) -> list[int]:

@@ -42,7 +42,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare the SHA-256 of every file first"
     )
     parser.add_argument(
-        "--cache-dir", metavar="DIR", help="a cache folder whose tuning to show, if there is one"
+        "--cache-dir",
+        metavar="DIR",
+        help="a cache folder whose tuning and compiled form to show, if they are there",
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
 
@@ -60,9 +62,11 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     finally:
         progress.show("")
-    memory = _memory(bundle, _contexts(bundle.manifest, arguments.context))
-    machine = _machine()
     tuning = _tuning(bundle, arguments.cache_dir)
+    memory = _memory(
+        bundle, _contexts(bundle.manifest, arguments.context), arguments.cache_dir, tuning or {}
+    )
+    machine = _machine()
     if arguments.json:
         document = {
             "path": str(bundle.path),
@@ -124,20 +128,22 @@ def _describe_tuning(tuning: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _memory(bundle: Bundle, contexts: list[int]) -> dict[str, Any]:
+def _memory(
+    bundle: Bundle, contexts: list[int], cache_dir: str | None, tuning: dict[str, Any]
+) -> dict[str, Any]:
     """Bytes by what for, of each context; and of the cache by token."""
-    from edge_llm.compiled import compiled_graph
-    from edge_llm.memory import estimate_memory
+    from edge_llm.compiled import find_compiled
+    from edge_llm.memory import MemoryModel
     from edge_llm.runtime.kv_cache import state_bytes
 
     state = bundle.manifest.decoder.state
     growing = [one for one in state if one.kind == "kv"]
     windows = [one for one in state if one.kind == "window"]
-    compiled = compiled_graph(bundle, cache_dir=None, threads=1, verify=False)
-    estimates = {
-        str(context): estimate_memory(bundle, context=context, compiled=compiled)
-        for context in contexts
-    }
+    compiled = None
+    if tuning.get("compiled", True):
+        compiled = find_compiled(bundle, cache_dir=cache_dir)
+    model = MemoryModel(bundle, prefill_chunk=tuning.get("prefill_chunk"))
+    estimates = {str(one): model.estimate(one, compiled=compiled) for one in contexts}
     return {
         "compiled": None if compiled is None else str(compiled.parent),
         "cache_per_token": state_bytes(growing, rows=1, capacity=1),

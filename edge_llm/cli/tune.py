@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_llm.cli.command import Command
@@ -47,31 +48,34 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from edge_llm.bundle import Bundle
+    from edge_llm.caching.folder import is_writable
+    from edge_llm.options import folder
     from edge_llm.tune import tune
-    from edge_llm.tuning import save_tuning, tuning_folder
+    from edge_llm.tuning import check_tunable, save_tuning, tuning_folder
 
     if arguments.rounds < 1:
         raise ArgumentError("rounds", "at least 1", arguments.rounds)
-    bundle = Bundle.open(arguments.bundle)
+    check_tunable(bundle := Bundle.open(arguments.bundle))
+    cache_dir = folder("cache_dir", arguments.cache_dir)
+    kept_in = tuning_folder(cache_dir)
+    if not is_writable(kept_in):  # found out now rather than after minutes
+        raise _nothing_kept(kept_in)
     progress = Progress()
     before, started = others_cpu_seconds(), time.perf_counter()
     try:
         tuning, trials = tune(
             bundle,
             threads=arguments.threads,
-            cache_dir=arguments.cache_dir,
+            cache_dir=cache_dir,
             rounds=arguments.rounds,
             on_phase=lambda phase: progress.show(f"measuring: {phase} ..."),
         )
     finally:
         progress.show("")
     others = _share(before, others_cpu_seconds(), time.perf_counter() - started)
-    path = save_tuning(bundle, tuning, cache_dir=arguments.cache_dir)
+    path = save_tuning(bundle, tuning, cache_dir=cache_dir)
     if path is None:
-        raise EdgeLLMError(
-            f"Nothing was kept in {str(tuning_folder(arguments.cache_dir))!r}.",
-            "Choose another folder with --cache-dir.",
-        )
+        raise _nothing_kept(kept_in)
     if arguments.json:
         document = {
             "path": str(path),
@@ -88,6 +92,12 @@ def _run(arguments: argparse.Namespace) -> int:
             "for that; run `edge-llm tune` again when they are quiet."
         )
     return 0
+
+
+def _nothing_kept(folder: Path) -> EdgeLLMError:
+    return EdgeLLMError(
+        f"Nothing can be kept in {str(folder)!r}.", "Choose another folder with --cache-dir."
+    )
 
 
 def _share(before: float | None, after: float | None, seconds: float) -> float | None:

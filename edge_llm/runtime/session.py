@@ -204,7 +204,7 @@ def open_session(
         except RuntimeFailure as error:
             warnings.warn(
                 f"The compiled model in {str(compiled.parent)!r} cannot be opened, so the bundle "
-                f"itself is: {error.message}",
+                f"itself is; `edge-llm compile` makes it anew. {error.message}",
                 CacheWarning,
                 stacklevel=5,  # whoever called LLM(...)
             )

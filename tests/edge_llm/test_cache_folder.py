@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -12,8 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from edge_llm.caching.folder import CacheFolder, default_cache_folder, write_through
-from edge_llm.errors import CacheWarning
+from edge_llm import LLM
+from edge_llm.caching.folder import (
+    ABANDONED,
+    CacheFolder,
+    default_cache_folder,
+    is_readable,
+    own_cache_folder,
+    write_through,
+)
+from edge_llm.errors import CacheWarning, PlatformError
 
 # A child that publishes entries of a stated content for ever: each a folder of two files.
 WRITER = """
@@ -104,6 +113,29 @@ def test_the_least_recently_found_entries_go(tmp_path: Path) -> None:
     assert folder.names() == ["f"], "what never fits drives nothing out"
     assert folder.prune(24) == 25
     assert folder.names() == []
+
+
+def test_what_else_lies_there_is_left_alone(tmp_path: Path) -> None:
+    folder = CacheFolder(tmp_path, limit=30, named="[0-9a-f]{4}")
+    (tmp_path / "thesis.txt").write_text("x" * 100)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / ".stage.old").touch()
+    (tmp_path / ".stage.cccc").touch()
+    for name in ("aaaa", "bbbb"):
+        folder.publish(name, content("x" * 20))
+    assert folder.names() == ["bbbb"], "what is not an entry does not count either"
+    assert folder.prune(0) == 20
+    assert listed(tmp_path) == [".lock", ".stage.old", "photos", "thesis.txt"]
+
+
+def test_a_relative_path_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = CacheFolder("cache", limit=30)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert folder.publish("a", content("x")) == tmp_path / "cache" / "a"
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
@@ -225,6 +257,28 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert listed(tmp_path) == ["file"]
 
 
+def test_what_a_killed_writer_of_a_file_left_goes(tmp_path: Path) -> None:
+    def write(stage: Path) -> None:
+        own = stage.with_name(stage.name.replace(".stage", "1.stage"))
+        own.write_text("another writer's")
+        left.append(own)
+        stage.write_text("x")
+
+    left: list[Path] = []
+    target, other = tmp_path / "file[1]", tmp_path / "file1"
+    write_through(target, write)
+    write_through(other, content("x"))
+    (own,) = left
+    assert listed(tmp_path) == sorted([own.name, "file1", "file[1]"]), "it may still be written"
+    long_ago = time.time() - 2 * ABANDONED
+    os.utime(own, (long_ago, long_ago))
+    write_through(other, content("y"))
+    assert own.exists(), "another file's"
+    write_through(target, content("y"))
+    assert listed(tmp_path) == ["file1", "file[1]"]
+    assert target.read_text() == "y"
+
+
 def test_the_default_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,3 +287,42 @@ def test_the_default_folder_follows_the_environment(
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_folder("prefix") == tmp_path / ".cache" / "edge-llm" / "prefix"
+
+
+def test_nobody_needs_a_home(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    assert own_cache_folder("prefix") is None
+    with pytest.raises(PlatformError, match="set XDG_CACHE_HOME"):
+        default_cache_folder("prefix")
+    with LLM(tiny_bundle) as llm:
+        assert llm.generate([1, 2], max_tokens=1).tokens
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert own_cache_folder("prefix") is None
+    default_cache_folder("prefix").mkdir(parents=True)
+    assert own_cache_folder("prefix") == tmp_path / "edge-llm" / "prefix"
+
+
+def test_a_home_of_somebody_else_is_none(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that runs with another user's HOME may not even look into it."""
+    home = tmp_path / "home"
+    usual = Path.stat
+
+    def stat(path: Path, **options: bool) -> object:
+        if path.is_relative_to(home):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, **options)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setattr(Path, "stat", stat)
+    assert not is_readable(home)
+    assert CacheFolder(home, limit=1).find("a") is None
+    with LLM(tiny_bundle) as llm:
+        assert llm.generate([1, 2], max_tokens=1).tokens

@@ -925,3 +925,12 @@ def test_warnings_are_a_line_without_code(tiny_bundle: Path, tmp_path: Path) -> 
     assert first.startswith("edge-llm: warning: The cache folder")
     assert second.startswith("edge-llm: Nothing was compiled")
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("command", ["compile", "tune", "run"])
+def test_an_empty_path_is_no_folder(
+    command: str, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = ["-m", str(tiny_bundle), "Hello"] if command == "run" else [str(tiny_bundle)]
+    assert main([command, *bundle, "--cache-dir", ""]) == 1
+    assert "--cache-dir must be the path of a folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,10 +19,11 @@ import pytest
 
 from edge_llm import LLM, ArgumentError, Bundle
 from edge_llm.cli.main import main
-from edge_llm.compiled import GRAPH, LIST, CompiledModels, compiled_folder
-from edge_llm.errors import CacheWarning, IntegrityError
+from edge_llm.compiled import GRAPH, LIST, CompiledModels, compiled_folder, find_compiled
+from edge_llm.errors import CacheWarning, IntegrityError, RuntimeFailure
 from edge_llm.runtime import device
 from edge_llm.runtime.session import open_session
+from edge_llm.tuning import Tuning, save_tuning
 from edge_llm_export import export_model
 
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(0, 300, 24)]
@@ -72,6 +74,15 @@ def test_packed_weights_are_mapped_rather_than_made(tiny_bundle: Path, tmp_path:
         assert mapped > 0.8 * (tiny_bundle / "model.onnx.data").stat().st_size
         assert plain == 0
         assert llm.memory.weights_file >= 0.8 * mapped
+
+
+@pytest.mark.parametrize("wrong", [{"context": 10**9}, {"slots": 0}, {"memory_limit": "1MB"}])
+def test_nothing_is_compiled_for_what_cannot_be_loaded(
+    wrong: Any, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError):
+        LLM(tiny_bundle, cache_dir=tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_loading_writes_only_where_it_was_told_to(tiny_bundle: Path, home: Path) -> None:
@@ -153,20 +164,78 @@ def test_what_is_damaged_is_made_anew(damage: str, tiny_bundle: Path, tmp_path: 
     assert models.find(bundle, verify=True) == graph
 
 
-def test_verifying_compares_hashes(tiny_bundle: Path, tmp_path: Path) -> None:
-    models, bundle = CompiledModels(tmp_path), Bundle.open(tiny_bundle)
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_verifying_compares_hashes_and_makes_anew(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models, bundle = CompiledModels(tmp_path / "compiled"), Bundle.open(tiny_bundle)
     graph = models.compile(bundle, threads=1)
     assert graph is not None
-    data = bytearray(graph.read_bytes())
-    data[len(data) // 2] ^= 1
-    graph.write_bytes(data)
-    assert models.find(bundle) == graph
-    assert models.find(bundle, verify=True) is None
+    weights = graph.with_name("model.onnx.data")
+    for remedy in (
+        lambda: LLM(tiny_bundle, cache_dir=tmp_path, verify=True).close(),
+        lambda: main(["compile", str(tiny_bundle), "--cache-dir", str(tmp_path)]),
+    ):
+        flip(weights)
+        assert models.find(bundle) == graph
+        assert models.find(bundle, verify=True) is None
+        remedy()
+        assert models.find(bundle, verify=True) == graph
+
+
+def test_who_may_read_a_bundle_may_read_what_lies_beside_it(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    for mode in (0o755, 0o700):
+        bundle.chmod(mode)
+        assert main(["compile", str(bundle), "--beside"]) == 0
+        beside = compiled_folder(beside=bundle)
+        assert beside.stat().st_mode & 0o777 == mode
+        shutil.rmtree(beside)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other rights")
+def test_what_a_stranger_put_beside_a_bundle_is_not_trusted(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    beside = compiled_folder(beside=bundle.path)
+    graph = CompiledModels(beside).compile(bundle, threads=1)
+    owners = {beside: 1001, bundle.path: 1000}
+    monkeypatch.setattr(os, "geteuid", lambda: 1002)
+    monkeypatch.setattr("edge_llm.compiled._owner", owners.__getitem__)
+    assert find_compiled(bundle, cache_dir=None) is None
+    for trusted in (0, 1000, 1002):
+        owners[beside] = trusted
+        assert find_compiled(bundle, cache_dir=None) == graph
+
+
+def test_what_is_compiled_in_a_folder_is_told_of(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = CompiledModels(tmp_path / "compiled").compile(Bundle.open(tiny_bundle), threads=1)
+    assert graph is not None
+
+    def told() -> object:
+        capsys.readouterr()
+        assert main(["info", str(tiny_bundle), "--json", "--cache-dir", str(tmp_path)]) == 0
+        return json.loads(capsys.readouterr().out)["memory"]["compiled"]
+
+    assert told() == str(graph.parent)
+    # Not what a tuning has found to be slower.
+    save_tuning(Bundle.open(tiny_bundle), Tuning(threads=1, compiled=False), cache_dir=tmp_path)
+    assert told() is None
 
 
 def test_a_model_that_goes_meanwhile_is_not_missed(tiny_bundle: Path, tmp_path: Path) -> None:
     graph = tiny_bundle / "model.onnx"
-    with pytest.warns(CacheWarning, match="cannot be opened, so the bundle itself is"):
+    with pytest.warns(CacheWarning, match="the bundle itself is; `edge-llm compile`"):
         session = open_session(graph, compiled=tmp_path / GRAPH, threads=1, minimum="1.32")
     assert session.get_inputs()
 
@@ -211,12 +280,31 @@ def test_a_full_disk_costs_one_warning(size: int, tiny_bundle: Path, tmp_path: P
     assert [one.name for one in (tmp_path / "cache" / "compiled").iterdir()] == [".lock"]
 
 
+def test_a_disk_that_others_filled_meanwhile_is_called_full(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([1 << 40, 1000])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(left)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeFailure("ONNX Runtime refuses: six lines of its own source", "")
+
+    monkeypatch.setattr("edge_llm.compiled.create_session", fail)
+    models = CompiledModels(tmp_path)
+    with pytest.warns(CacheWarning, match=r"cannot be used: No space left on device\."):
+        assert models.compile(Bundle.open(tiny_bundle), threads=1) is None
+
+
 def test_a_limit_that_is_too_low_keeps_nothing(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--cache-dir", str(tmp_path), "--limit", "1KB"]
-    assert main(["compile", str(tiny_bundle), *flags]) == 1
-    assert "Nothing was compiled into" in capsys.readouterr().err
+    size = (tiny_bundle / "model.onnx.data").stat().st_size
+    for limit in (1000, int(1.3 * size)):  # told before and after it is made
+        flags = ["--cache-dir", str(tmp_path), "--limit", str(limit)]
+        with pytest.warns(CacheWarning, match=f"limit of {limit:,} bytes"):
+            assert main(["compile", str(tiny_bundle), *flags]) == 1
+        assert "Nothing was compiled into" in capsys.readouterr().err
     assert main(["compile", "--cache-dir", str(tmp_path)]) == 1
     assert "bundle must be the folder of a bundle" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from edge_llm.errors import (
     PlatformError,
     RuntimeFailure,
 )
+from edge_llm.runtime.session import open_session
+from edge_llm.text.tokenizer import Tokenizer
 
 PROMPT = "It was the best of times, it was"
 
@@ -500,3 +503,42 @@ def test_tokens_that_the_tokenizer_does_not_know_are_no_text(tiny_llm: LLM) -> N
     assert answer.text == ""
     with pytest.raises(ArgumentError):
         tiny_llm.detokenize([400])
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "prefix_cache"])
+@pytest.mark.parametrize("value", [5, b"folder", "", "a\0b", ["folder"]])
+def test_what_is_no_folder_is_refused(name: str, value: Any, tiny_bundle: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} must be the path of a folder"):
+        LLM(tiny_bundle, **{name: value})
+
+
+def test_tokenizer_and_graph_are_read_at_the_same_time(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=60)  # which neither passes alone
+
+    def together(work: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_and_work(*arguments: Any, **options: Any) -> Any:
+            both.wait()
+            return work(*arguments, **options)
+
+        return wait_and_work
+
+    monkeypatch.setattr("edge_llm.model.open_session", together(open_session))
+    monkeypatch.setattr(Tokenizer, "from_file", together(Tokenizer.from_file))
+    with LLM(tiny_bundle) as llm:
+        assert greedy(llm)
+
+
+def test_a_broken_tokenizer_is_told_of_beside_a_whole_graph(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """They are read at the same time."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    file = bundle / "tokenizer.json"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json cannot be read"):
+        LLM(bundle)
+    (bundle / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"model\.onnx\.data"):
+        LLM(bundle)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from edge_llm import LLM, ArgumentError, Bundle
 from edge_llm.compiled import CompiledModels
 from edge_llm.errors import MemoryLimitError
+from edge_llm.foreign.onnx_file import OnnxModel, read_onnx
 from edge_llm.memory import MemoryEstimate, estimate_memory, fitting_context, parse_bytes
 from edge_llm.runtime import device
 from edge_llm.runtime.kv_cache import KVCache
+from edge_llm.tuning import Tuning, save_tuning
 from edge_llm_export import export_model
 
 
@@ -90,6 +92,29 @@ def test_slots_take_what_is_left_of_a_limit(tiny_bundle: Path) -> None:
     for wrong in (0, 65, True, "2"):
         with pytest.raises(ArgumentError, match="slots must be an integer from 1 to 64"):
             LLM(tiny_bundle, slots=wrong)  # type: ignore[arg-type]
+
+
+def test_the_graph_is_read_once_for_a_limit(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = estimate_memory(Bundle.open(tiny_bundle), context=100).total
+    reads: list[Path] = []
+
+    def read(path: Path) -> OnnxModel:
+        reads.append(path)
+        return read_onnx(path)
+
+    monkeypatch.setattr("edge_llm.memory.read_onnx", read)
+    with LLM(tiny_bundle, memory_limit=limit) as llm:
+        assert llm.memory.total <= limit
+    assert len(reads) == 1
+
+
+def test_what_was_tuned_bounds_a_step(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    save_tuning(bundle, Tuning(threads=1, prefill_chunk=16), cache_dir=tmp_path)
+    with LLM(tiny_bundle, cache_dir=tmp_path, slots=1) as llm:
+        assert llm.memory.scratch == estimate_memory(bundle, context=64, prefill_chunk=16).scratch
 
 
 @given(context=st.integers(2, 256), over=st.integers(0, 10_000))

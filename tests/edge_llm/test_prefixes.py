@@ -307,6 +307,16 @@ def test_the_limit_holds_and_baked_prefixes_go_last(tiny_bundle: Path, tmp_path:
         llm.bake(TOKENS[:60])
 
 
+def test_what_is_larger_than_the_limit_is_not_even_written(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(module, "write_state", lambda path, *others: written.append(path))
+    ask(tiny_bundle, TOKENS[:60], prefix_cache=tmp_path, prefix_cache_limit="1KB")
+    assert not written
+    assert not entries(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_costs_one_warning(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -490,6 +500,30 @@ def test_baking_by_command(
     assert entries(entry.parent) == []
 
 
+def test_pruning_takes_nothing_that_is_somebody_elses(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with LLM(tiny_bundle, prefix_cache=tmp_path) as llm:
+        entry = llm.bake(TOKENS[:20])
+    assert main(["bake", "--prune", "--prefix-cache", str(tmp_path)]) == 0
+    assert not entry.exists()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_process_may_go_to_work_elsewhere(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with LLM("bundle", prefix_cache="cache", memory_limit="1GB") as llm:
+        monkeypatch.chdir("elsewhere")
+        assert llm.bake(TOKENS[:20]).parent == tmp_path / "cache"
+        assert llm.memory.total
+    with LLM(tmp_path / "bundle") as llm:
+        monkeypatch.chdir(tmp_path)
+        assert llm.memory.total
+
+
 def test_baking_text_into_a_folder(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -504,12 +538,18 @@ def test_baking_text_into_a_folder(
     assert "reused, from the prefix cache)" in capsys.readouterr().err
     for wrong, message in (
         (["--system", str(text), "--template", "none"], "no chat template 'none'"),
-        (["--prefix", str(text), "--limit", "1KB"], "Nothing was baked into"),
+        (["--prefix", str(text), "--limit", "1KB"], "raise --limit"),
         (["--prefix", str(text), "--context", "4"], "tokens too many"),
     ):
         other = ["--prefix-cache", str(tmp_path / "other")]
         assert main(["bake", str(tiny_bundle), *wrong, *other]) == 1
         assert message in capsys.readouterr().err
+    assert main(["bake", str(tmp_path / "no bundle"), "--prefix", str(text)]) == 1
+    assert "no folder" in capsys.readouterr().err
+    # Before the model is even looked for.
+    flags = ["--prefix", str(text), "--prefix-cache", str(text)]
+    assert main(["bake", str(tmp_path / "no bundle"), *flags]) == 1
+    assert f"Nothing was baked into '{text}'" in capsys.readouterr().err
     assert main(["bake", "--prefix", str(text)]) == 1
     assert "bundle must be the folder of a bundle" in capsys.readouterr().err
     assert main(["bake", str(tiny_bundle)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import sys
 import tempfile
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from edge_llm.caching.state_file import (
     ALIGNMENT,
+    MAGIC,
     START,
+    VERSION,
     DoubtfulFileError,
     SavedState,
     read_tokens,
@@ -96,6 +99,43 @@ def test_any_flipped_bit_is_noticed_or_in_the_padding(data: st.DataObject) -> No
         check(saved, tokens, arrays)
 
 
+def test_pages_that_changed_places_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    array = np.random.default_rng(0).standard_normal((2, 1024, 16)).astype(np.float32)
+    write_state(path, OWNER, np.arange(1024), {"past.0.key": array})
+    content = path.read_bytes()
+    end = len(content)
+    one, other, rest = content[end - 12288 : end - 8192], content[end - 8192 : end - 4096], 4096
+    path.write_bytes(content[: end - 12288] + other + one + content[end - rest :])
+    with pytest.raises(DoubtfulFileError, match="damaged"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"7",
+        b"{",
+        b"{}",
+        b'{"owner": "0123456789abcdef"}',
+        b'{"owner": "0123456789abcdef", "tokens": -1}',
+        b'{"owner": "0123456789abcdef", "tokens": 1e9}',
+        b'{"owner": "0123456789abcdef", "tokens": 0}',
+        b'{"owner": "0123456789abcdef", "tokens": 0, "tokens_sha256": "%s"}'
+        % hashlib.sha256().hexdigest().encode(),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(header: bytes, tmp_path: Path) -> None:
+    """Whole, but not what was ever written here."""
+    size = START.size + len(header)
+    start = START.pack(MAGIC, VERSION, len(header), size, hashlib.sha256(header).digest())
+    path = tmp_path / "state"
+    path.write_bytes(start + header)
+    with pytest.raises(DoubtfulFileError):
+        opened(path)
+
+
 def test_every_byte_of_the_header_counts(tmp_path: Path) -> None:
     path = tmp_path / "state"
     write_state(path, OWNER, *example(20, 1))
@@ -127,8 +167,8 @@ def test_another_owner_and_another_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DoubtfulFileError, match="another model"):
         SavedState.open(path, OWNER[::-1])
     content = path.read_bytes()
-    path.write_bytes(content[:8] + b"\2" + content[9:])
-    with pytest.raises(DoubtfulFileError, match="version 2"):
+    path.write_bytes(content[:8] + b"\7" + content[9:])
+    with pytest.raises(DoubtfulFileError, match="version 7"):
         SavedState.open(path, OWNER)
     path.write_bytes(b"")
     with pytest.raises(DoubtfulFileError, match="cut off"):

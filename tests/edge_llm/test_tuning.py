@@ -159,6 +159,21 @@ def test_a_folder_that_cannot_be_written_is_told_of(
     assert found(tiny_bundle, tmp_path / "file") is None
 
 
+def test_nothing_is_measured_that_cannot_be_kept(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("edge_llm.tune.tune", measure)
+    (tmp_path / "file").write_text("")
+    assert main(["tune", str(tiny_bundle), "--cache-dir", str(tmp_path / "file")]) == 1
+    assert "Nothing can be kept in" in capsys.readouterr().err
+
+
 WRITER = """
 import sys, time
 from edge_llm import Bundle
