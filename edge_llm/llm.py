@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.builtin import BUNDLE, announce
-from edge_llm.caching.prefixes import Snapshot, common_length
+from edge_llm.caching.offers import Snapshot
+from edge_llm.caching.prefixes import common_length
 from edge_llm.calls import Calls
 from edge_llm.engine.scoring import Distributions
 from edge_llm.engine.sessions import (

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_llm.caching.background import Background
 from edge_llm.caching.folder import CacheFolder
+from edge_llm.caching.offers import Arrays, Offer, Snapshot
 from edge_llm.caching.state_file import (
     DoubtfulFileError,
     SavedState,
@@ -30,7 +31,7 @@ from edge_llm.caching.state_file import (
 if TYPE_CHECKING:
     from edge_llm.runtime.decoder import StateCache
 
-__all__ = ["LIMIT", "Found", "Offer", "PrefixCache", "Snapshot", "common_length"]
+__all__ = ["LIMIT", "Found", "PrefixCache", "common_length"]
 
 log = logging.getLogger("edge_llm")
 
@@ -45,35 +46,6 @@ WORTH = 256
 # To read a token takes less than this share of computing it (benchmarks/prefix.py), so reading
 # pays where more than this share of what is read would have to be computed.
 READING = 1 / 16
-
-Arrays = Mapping[str, NDArray[np.generic]]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A copy of what a row of the cache holds, for any thread to write while the row goes on.
-
-    Attributes:
-        cache: The decoder's state that it is from.
-        tokens: int64 [tokens].
-        arrays: See :meth:`~edge_llm.runtime.decoder.StateCache.read_row`.
-    """
-
-    cache: StateCache
-    tokens: NDArray[np.int64]
-    arrays: Arrays
-
-    @classmethod
-    def of(cls, cache: StateCache, row: int, tokens: NDArray[np.int64]) -> Snapshot:
-        """Copy a row.
-
-        Args:
-            cache: The decoder's state.
-            row: The row, which begins with the tokens.
-            tokens: int64 [tokens].
-        """
-        views = cache.read_row(row, len(tokens))
-        return cls(cache, tokens.copy(), {name: view.copy() for name, view in views.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +118,10 @@ class PrefixCache:
             prompt: int64 [tokens].
             beyond: Tokens of the prompt that a row holds.
         """
-        closest = self.closest(prompt)
-        for name, common in self._ranked(prompt[:-2]):
+        begun = self._begun(prompt)
+        ranked = _ranked(begun, len(prompt))
+        closest = begun[ranked[0][0]][0] if ranked else np.zeros(0, np.int32)
+        for name, common in _ranked(begun, len(prompt) - 2):
             if not _pays(common, beyond):
                 break
             saved = self._open(name)
@@ -162,12 +136,6 @@ class PrefixCache:
                     continue
                 return Found(closest, common, arrays)
         return Found(closest)
-
-    def closest(self, prompt: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The tokens, int32, of the entry that has most in common with a prompt."""
-        ranked = self._ranked(prompt)
-        tokens = self._tokens.get(ranked[0][0]) if ranked else None
-        return np.zeros(0, np.int32) if tokens is None else tokens
 
     def offer(
         self, cache: StateCache, row: int, prompt: NDArray[np.int64], *, computed: int
@@ -228,7 +196,7 @@ class PrefixCache:
     def write(self, held: Snapshot) -> None:
         """Write a prefix, unless nearly all of it is there or another process is writing."""
         tokens = held.tokens
-        for name, common in self._ranked(tokens):
+        for name, common in _ranked(self._begun(tokens), len(tokens)):
             if len(tokens) - common >= WORTH:
                 break
             saved = self._open(name)
@@ -252,21 +220,17 @@ class PrefixCache:
 
     def _supersede(self, name: str, new: Snapshot) -> None:
         """Remove the entries that the new one can stand for; baked ones stay."""
-        for other, common in self._ranked(new.tokens):
-            held = self._tokens.get(other)
-            if other == name or other.startswith(BAKED) or held is None:
+        for other, (held, common) in self._begun(new.tokens).items():
+            if other == name or other.startswith(BAKED):
                 continue
             length = len(held)
             part = cut(new.arrays, len(new.tokens) - length)
             if common == length and new.cache.accepts(length, part):
                 self._folder.remove(other)
 
-    def _ranked(self, prompt: NDArray[np.int64]) -> list[tuple[str, int]]:
-        """Entries that begin as a prompt does, by how many tokens that holds for: most first.
-
-        Of two that have as much in common the shorter one comes first: less is read of it.
-        """
-        found = []
+    def _begun(self, prompt: NDArray[np.int64]) -> dict[str, tuple[NDArray[np.int32], int]]:
+        """Entries that begin as a prompt does: their tokens, and for how many that holds."""
+        found = {}
         with self._lock:
             names = [name for name in self._folder.names() if self.owner in name]
             for name in names:
@@ -274,10 +238,10 @@ class PrefixCache:
                     self._tokens[name] = self._read_tokens(name)
                 tokens = self._tokens[name]
                 if tokens is not None and (common := common_length(tokens, prompt)):
-                    found.append((-common, len(tokens), name))
+                    found[name] = tokens, common
             for name in set(self._tokens).difference(names):
                 del self._tokens[name]
-        return [(name, -common) for common, _, name in sorted(found)]
+        return found
 
     def _read_tokens(self, name: str) -> NDArray[np.int32] | None:
         try:
@@ -323,67 +287,15 @@ class PrefixCache:
         return f"{BAKED if baked else ''}{self.owner}-{digest}"
 
 
-class Offer:
-    """A prompt in a row of the cache, to be written when its answer is done.
+def _ranked(begun: Mapping[str, tuple[NDArray[np.int32], int]], most: int) -> list[tuple[str, int]]:
+    """Entries by how many tokens they have in common with a prompt's first ``most``: most first.
 
-    It is copied and written beside the engine's thread. While it is copied, only what comes behind
-    it may change in the row; nobody waits for the disk. Nothing here is called by two threads at
-    once.
-
-    Args:
-        prefixes: Where to.
-        cache: The decoder's state.
-        row: The row that holds it.
-        tokens: int64 [tokens], the row's first ones.
+    Of two that have as much in common the shorter one comes first: less is read of it.
     """
-
-    def __init__(
-        self, prefixes: PrefixCache, cache: StateCache, row: int, tokens: NDArray[np.int64]
-    ) -> None:
-        self._prefixes = prefixes
-        self._cache = cache
-        self._row = row
-        self._tokens = tokens
-        self._started = False
-        self._read = threading.Event()
-        self._read.set()
-
-    def before_step(self, count: int) -> None:
-        """So many tokens are about to be fed: write at once what windows would drop for them."""
-        if not self._started:
-            length = int(self._cache.lengths[self._row])
-            if self._cache.shortest(length + count) > len(self._tokens):
-                self.write()
-                self.release()
-
-    def write(self) -> None:
-        """Begin to write, unless that has happened, or the row was lost in a step."""
-        if self._started or self._cache.lengths[self._row] < len(self._tokens):
-            return
-        self._started = True
-        self._read.clear()
-        began = False
-        try:
-            began = self._prefixes.start(self._run)
-        finally:
-            if not began:  # nobody else would end the wait for it
-                self._read.set()
-
-    def move(self, row: int) -> None:
-        """The prompt now stands in another row."""
-        self.release()
-        self._row = row
-
-    def release(self) -> None:
-        """Wait until the row has been copied: its beginning is about to change."""
-        self._read.wait()
-
-    def _run(self) -> None:
-        try:
-            held = Snapshot.of(self._cache, self._row, self._tokens)
-        finally:
-            self._read.set()
-        self._prefixes.write(held)
+    found = sorted(
+        (-min(common, most), len(tokens), name) for name, (tokens, common) in begun.items()
+    )
+    return [(name, -common) for common, _, name in found]
 
 
 def _pays(common: int, beyond: int) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.caching.folder import write_through
-from edge_llm.caching.prefixes import Snapshot
+from edge_llm.caching.offers import Snapshot
 from edge_llm.caching.state_file import DoubtfulFileError, SavedState, write_state
 from edge_llm.engine.job import Job, Steps, feed_prompt
 from edge_llm.errors import SessionError
@@ -26,7 +26,7 @@ __all__ = ["Baking", "LoadSession", "SaveSession", "read_session", "write_sessio
 
 
 class Baking(Job):
-    """Computes a prefix; puts a :class:`~edge_llm.caching.prefixes.Snapshot` of it, or None.
+    """Computes a prefix; puts a :class:`~edge_llm.caching.offers.Snapshot` of it, or None.
 
     Args:
         tokens: int64 [tokens], at most the context.
@@ -58,7 +58,7 @@ class Baking(Job):
 
 
 class SaveSession(Job):
-    """Puts a :class:`~edge_llm.caching.prefixes.Snapshot` of the row that was used last."""
+    """Puts a :class:`~edge_llm.caching.offers.Snapshot` of the row that was used last."""
 
     kind = "session"
     resumes = True

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_llm.caching.prefixes import Offer, PrefixCache, Snapshot, common_length
+from edge_llm.caching.offers import Offer, Snapshot
+from edge_llm.caching.prefixes import PrefixCache, common_length
 from edge_llm.caching.state_file import SavedState
 from edge_llm.engine.job import Feed
 from edge_llm.results import PrefixBreak

@@ -233,7 +233,8 @@ def test_a_file_under_anothers_name_is_not_used(tiny_bundle: Path, tmp_path: Pat
     one.rename(renamed)
     other.unlink()
     strange = PrefixCache(tmp_path, owner="0" * 32)
-    assert len(strange.closest(np.array(TOKENS))) == 0
+    found = strange.look_up(KVCache((), rows=1, capacity=200), np.array(TOKENS), beyond=0)
+    assert (len(found.closest), found.length) == (0, 0)
 
 
 @pytest.mark.parametrize("quantize", ["fp32", "int4"])
