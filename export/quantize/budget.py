@@ -143,7 +143,7 @@ def find_mix(
         options = rescaled(options, names, lost)
     ladder = Ladder(options)
     if room is not None:
-        mix = finish(ladder.mix(max(i for i, size in enumerate(ladder.sizes) if size <= room)))
+        mix = finish(ladder.filled(room))
         tried(mix)
         return Found(mix, tuple(trials))
     search = _Search(ladder, truest, top, budget, tried, finish)

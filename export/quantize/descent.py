@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = ["descend"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.float32]
 
 AT_ONCE = 16
 """Columns whose effect on those behind them is one product; divides every block."""
@@ -57,7 +57,7 @@ def _fit_scales(weights: Floats, integers: Floats, moments: Floats, block: int) 
     floor = np.finfo(np.float64).tiny + 1e-12 * np.einsum("rbb->r", normal)
     normal += floor[:, None, None] * np.eye(blocks)
     aims = np.einsum("bkr,bkr->rb", cut, (moments @ weights).reshape(cut.shape))[..., None]
-    return np.linalg.solve(normal, aims)[..., 0].T.astype(np.float64, copy=False)
+    return np.linalg.solve(normal, aims)[..., 0].T.astype(np.float32)
 
 
 def _fit_integers(
@@ -74,7 +74,10 @@ def _fit_integers(
         slope = moments[start:stop] @ errors
         for first in range(start, stop, AT_ONCE):
             last = first + AT_ONCE
-            near, changes = moments[first:last, first:last], np.empty((AT_ONCE, len(scale)))
+            near, changes = (
+                moments[first:last, first:last],
+                np.empty((AT_ONCE, len(scale)), np.float32),
+            )
             for k, column in enumerate(range(first, last)):
                 pull = slope[column - start] - near[k, :k] @ changes[:k]
                 best = integers[column] + pull / strength[column] * inverse
