@@ -118,6 +118,7 @@ class Job(ABC):
         notify: Called, on the engine's thread, when a result was put.
     """
 
+        used: Whether its row counts as the one that was used last, or is as it was.
     kind: ClassVar[RequestKind]
     resumes: ClassVar[bool] = False
     callback: ClassVar[str] = "logits_hook"
@@ -137,6 +138,7 @@ class Job(ABC):
         self.prompt = prompt
         self.priority = priority
         self.notify: Callable[[], object] | None = None
+        self.used = True
         self._cancel = cancel
         self._deadline = None if timeout is None else self.created + timeout
         self._abandoned = False

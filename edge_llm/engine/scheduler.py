@@ -391,7 +391,7 @@ class Engine:
             log.debug("a request failed", exc_info=error)
         with self._changed:
             assert self._model is not None
-            self._model.slots.release(one.slot)
+            self._model.slots.release(one.slot, used=one.job.used)
             self._running.remove(one)
             self._wake()
             if error is None and self._closed.is_set():

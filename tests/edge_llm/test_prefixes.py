@@ -639,10 +639,12 @@ def test_sessions_that_cannot_be_gone_on_from(tiny_bundle: Path, tmp_path: Path)
         # Nothing has changed.
         assert answer(llm, TOKENS[:60]).usage.reused_tokens == 58
     path.write_bytes(whole)
-    with LLM(tiny_bundle, context=length - 1) as llm:
+    with LLM(tiny_bundle, context=length - 1, slots=2) as llm:
+        answer(llm, TOKENS[:10])
+        held = llm.save_session(tmp_path / "held")
         with pytest.raises(SessionError, match="was saved with another context"):
             llm.load_session(path)
-        answer(llm, TOKENS[:10])
+        assert llm.save_session(tmp_path / "again") == held
     with (
         LLM(BUNDLE) as llm,
         pytest.raises(SessionError, match="written for another model"),
