@@ -151,11 +151,11 @@ class Engine:
         self._thread.check_others()
 
     def stats(self) -> EngineStats:
-        """What the engine has done and is doing."""
+        """What the engine has done and is doing; not in a forked child, as :meth:`execute`."""
+        self._thread.check_process()  # the lock may never be released there
         with self._changed:
-            return self._recorder.snapshot(
-                slots=self._size, running=len(self._running), waiting=len(self._waiting)
-            )
+            running, waiting = len(self._running), len(self._waiting)
+            return self._recorder.snapshot(slots=self._size, running=running, waiting=waiting)
 
     def close(self) -> None:
         """End all jobs and the thread; may be called again, and from any thread.
