@@ -264,7 +264,7 @@ class Engine:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
         with self._changed:
             while not self._news and all(one.feed.waits for one in self._running):
-                # Those that wait for the disk may have to end before it answers.
+                # Those that wait for the disk may have to end, or to go on, before it answers.
                 if not self._changed.wait(POLL_SECONDS if self._running else None):
                     break
             self._news = False
