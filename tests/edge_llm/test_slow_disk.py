@@ -52,6 +52,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prefixes, "WORTH", 8)
+    monkeypatch.setattr(slot, "PATIENCE_SECONDS", LONG)
     for module in (prefixes, sessions):
         monkeypatch.setattr(module, "write_state", disk.slow(module.write_state))
     monkeypatch.setattr(SavedState, "verify", disk.slow(SavedState.verify))
