@@ -273,17 +273,17 @@ def test_a_hook_that_returns_after_close_does_not_disturb_its_batch(
 
     def close() -> None:
         entered.wait(60)
-        llm.close()
+        model.close()
 
-    with LLM(tiny_bundle, slots=1) as llm:
+    with LLM(tiny_bundle, slots=1) as model:
         closing = threading.Thread(target=close)
         closing.start()
-        results = llm.batch(iter(prompts.get, None), errors="return", logits_hook=hang)
+        results = model.batch(iter(prompts.get, None), errors="return", logits_hook=hang)
         prompts.put("a")
         assert isinstance(next(results).error, ClosedError)
         gate.set()
         closing.join()
-        until(lambda: not llm._model.engine._thread.alive)
+        until(lambda: not model._model.engine._thread.alive)
         prompts.put("b")
         prompts.put(None)
         assert [type(one.error) for one in results] == [ClosedError]
