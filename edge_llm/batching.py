@@ -202,7 +202,10 @@ class _Batch:
                 self._engine.offer(self._held.generation)
             except QueueFullError:
                 return  # others fill it; some time later there is room
-            self._running[self._made] = self._held
+            except EdgeLLMError as error:  # the model was closed since it was made
+                self._end(self._made, BatchResult(self._made, error=error))
+            else:
+                self._running[self._made] = self._held
             self._made += 1
             self._held = None
 
@@ -220,7 +223,9 @@ class _Batch:
 
     def _take(self, index: int) -> None:
         """Take what a request has news of, one thing each time."""
-        request, error = self._running[index], None
+        request, error = self._running.get(index), None
+        if request is None:
+            return  # it has ended without the engine, which was closed and puts some more
         try:
             result = next(request.results, None)
         except EdgeLLMError as failure:

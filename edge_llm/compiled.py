@@ -203,15 +203,17 @@ def _name(bundle: Bundle) -> str:
 def _is_trusted(beside: Path, bundle: Bundle) -> bool:
     """Whether what lies beside a bundle is from its owner, the system's or this user.
 
-    The folder around both may be one where anybody can put something, as /tmp is.
+    The folder around both may be one where anybody can put something, as /tmp is: also a link, to
+    where a trusted owner lets anybody put something.
     """
     if not hasattr(os, "geteuid") or not is_readable(beside):
         return True
-    return _owner(beside) in (_owner(bundle.path), 0, os.geteuid())
+    trusted = {_owner(bundle.path.resolve()), 0, os.geteuid()}
+    return {_owner(beside), _owner(beside.resolve())} <= trusted
 
 
 def _owner(path: Path) -> int:
-    return path.stat().st_uid
+    return path.lstat().st_uid
 
 
 def _model_bytes(bundle: Bundle) -> int:

@@ -61,7 +61,8 @@ class MemoryEstimate:
         weights_file: Pages of mapped weight files, which the system may drop and read again.
         weights_anonymous: Weights that ONNX Runtime packs into memory when it loads the model, and
             its graph.
-        kv: The key/value cache, when the context of every slot is full.
+        kv: The key/value cache, when the context of every slot is full. (While a session or prefix
+            is written, a copy of what it has there comes on top.)
         scratch: Activations of the widest step of a prompt (512 tokens, or ``prefill_chunk``, or
             what was tuned) and a row of logits of each slot. Slower machines take narrower steps.
             (Scoring texts takes up to 16 MB of logits more.)

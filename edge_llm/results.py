@@ -83,7 +83,7 @@ class Timings:
     Attributes:
         load: Loading the model, before any request.
         queued: From the call until work began (others were served).
-        prompt: Computing the prompt's tokens that were not reused.
+        prompt: Computing the prompt's tokens that were not reused, and reading what the disk has.
         first_token: From the call until the first token was chosen; None if there was none.
         per_token: Mean from the first token to the last; None for fewer than two tokens.
         total: From the call until the end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -27,6 +28,13 @@ class Background:
         self._lock = threading.Lock()
         self._work: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
         self._running = False
+        self._begun: float | None = None  # when what is being done was
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long one piece of work has been under way; 0 without work."""
+        begun = self._begun
+        return 0.0 if begun is None else time.perf_counter() - begun
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Have something done; once its future is cancelled, it is left out.
@@ -56,6 +64,7 @@ class Background:
         """The next piece of work; None ends who asks."""
         with self._lock:
             if self._work:
+                self._begun = time.perf_counter()
                 return self._work.popleft()
-            self._running = False
+            self._begun, self._running = None, False
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from edge_llm.runtime.decoder import StateCache
 
 __all__ = ["Arrays", "Offer", "Snapshot"]
+
+log = logging.getLogger("edge_llm")
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -103,7 +106,10 @@ class Offer:
 
     def _run(self) -> None:
         try:
-            held = Snapshot.of(self._cache, self._row, self._tokens)
-        finally:
-            self._read.set()
-        self._prefixes.write(held)
+            try:
+                held = Snapshot.of(self._cache, self._row, self._tokens)
+            finally:
+                self._read.set()
+            self._prefixes.write(held)
+        except MemoryError as error:  # nobody asked for it, so nobody is told
+            log.debug("nothing is written: %r", error)

@@ -92,14 +92,21 @@ class PrefixCache:
         self._writer: threading.Thread | None = None
 
     def seek(
-        self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int
+        self, cache: StateCache, prompt: NDArray[np.int64], *, beyond: int, patience: float
     ) -> Future[Found] | None:
         """Have :meth:`look_up` done beside the engine's thread.
 
+        Args:
+            cache: As there, like ``prompt`` and ``beyond``.
+            prompt: See there.
+            beyond: See there.
+            patience: Seconds after which a disk that is asked is not expected to answer any more.
+
         Returns:
-            None where nothing that may be there is worth reading, or no thread is left to read it.
+            None where nothing that may be there is worth reading, or where the disk does not answer
+            another prompt, or no thread is left to read.
         """
-        if not _pays(len(prompt) - 2, beyond):
+        if not _pays(len(prompt) - 2, beyond) or self._reading.busy_seconds > patience:
             return None
         try:
             return self._reading.submit(partial(self.look_up, cache, prompt, beyond=beyond))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -47,7 +48,8 @@ class Feed:
             gives logits for each.
         chance: Of each draft to come true, if the one before it did.
         until: What has to be done first, by another thread. Then there are no tokens: the engine
-            goes on with other jobs meanwhile, and sends None once it is done.
+            goes on with other jobs meanwhile, and sends None once it is done, or it is too late.
+        latest: From when on it is, in seconds of time.perf_counter().
     """
 
     tokens: Sequence[int] | NDArray[np.int64]
@@ -56,6 +58,7 @@ class Feed:
     drafts: Sequence[int] = ()
     chance: float = 0.0
     until: Future[Any] | None = None
+    latest: float = math.inf
 
     @property
     def single(self) -> bool:
@@ -65,7 +68,9 @@ class Feed:
     @property
     def waits(self) -> bool:
         """Whether there is nothing to feed yet."""
-        return self.until is not None and not self.until.done()
+        return (
+            self.until is not None and not self.until.done() and time.perf_counter() < self.latest
+        )
 
 
 Steps = Generator[Feed, NDArray[np.float32] | None, None]
@@ -113,6 +118,7 @@ class Job(ABC):
         resumes: Whether it works on the row that was used last, as that is.
         callback: The option by which a caller gives a function that :meth:`steps` calls.
         answered: Tokens of an answer that were chosen so far.
+        used: Whether its row counts as the one that was used last, or is as it was.
         finished: Whether all results are there.
         fault: What the cancel event raised in place of an answer, if it ever did.
         notify: Called, on the engine's thread, when a result was put.
@@ -132,6 +138,7 @@ class Job(ABC):
     ) -> None:
         self.created = time.perf_counter()
         self.answered = 0
+        self.used = True
         self.finished = False
         self.fault: BaseException | None = None
         self.prompt = prompt

@@ -151,11 +151,11 @@ class Engine:
         self._thread.check_others()
 
     def stats(self) -> EngineStats:
-        """What the engine has done and is doing."""
+        """What the engine has done and is doing; not in a forked child, as :meth:`execute`."""
+        self._thread.check_process()  # the lock may never be released there
         with self._changed:
-            return self._recorder.snapshot(
-                slots=self._size, running=len(self._running), waiting=len(self._waiting)
-            )
+            running, waiting = len(self._running), len(self._waiting)
+            return self._recorder.snapshot(slots=self._size, running=running, waiting=waiting)
 
     def close(self) -> None:
         """End all jobs and the thread; may be called again, and from any thread.
@@ -264,7 +264,7 @@ class Engine:
         """Wait for work and give rows to jobs that wait; False when the engine is closed."""
         with self._changed:
             while not self._news and all(one.feed.waits for one in self._running):
-                # Those that wait for the disk may have to end before it answers.
+                # Those that wait for the disk may have to end, or to go on, before it answers.
                 if not self._changed.wait(POLL_SECONDS if self._running else None):
                     break
             self._news = False
@@ -391,7 +391,7 @@ class Engine:
             log.debug("a request failed", exc_info=error)
         with self._changed:
             assert self._model is not None
-            self._model.slots.release(one.slot)
+            self._model.slots.release(one.slot, used=one.job.used)
             self._running.remove(one)
             self._wake()
             if error is None and self._closed.is_set():

@@ -93,6 +93,7 @@ class LoadSession(Job):
 
     def __init__(self, saved: SavedState, path: str | os.PathLike[str]) -> None:
         super().__init__(cancel=None, timeout=None)
+        self.used = False  # until it is loaded
         self._saved = saved
         self._path = path
 
@@ -103,7 +104,8 @@ class LoadSession(Job):
             SessionError: It is too long for the context.
         """
         count = len(self._saved.tokens)
-        if not slot.load(self._saved):
+        self.used = slot.load(self._saved)
+        if not self.used:
             raise SessionError(
                 f"The session in {os.fspath(self._path)!r} has {count} tokens and was saved with "
                 "another context, into whose cache it does not fit.",

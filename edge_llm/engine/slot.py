@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_llm.caching.offers import Offer, Snapshot
-from edge_llm.caching.prefixes import PrefixCache, common_length
+from edge_llm.caching.prefixes import Found, PrefixCache, common_length
 from edge_llm.caching.state_file import SavedState
 from edge_llm.engine.job import Feed
 from edge_llm.results import PrefixBreak
 from edge_llm.runtime.decoder import StateCache
 
 __all__ = ["Reuse", "Slot"]
+
+log = logging.getLogger("edge_llm")
+
+# By then a slow card has read a long prompt of a large model. A share that is gone may never
+# answer: the prompt is computed.
+PATIENCE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +108,15 @@ class Slot:
         reused, loaded = self.rewind(prompt), 0
         search = None
         if self._prefixes is not None:
-            search = self._prefixes.seek(self._cache, prompt, beyond=reused)
+            search = self._prefixes.seek(
+                self._cache, prompt, beyond=reused, patience=PATIENCE_SECONDS
+            )
         if search is not None:
             try:
-                yield Feed((), until=search)
+                yield Feed((), until=search, latest=time.perf_counter() + PATIENCE_SECONDS)
             finally:
-                search.cancel()  # the job may have been ended meanwhile
-            found = search.result()
+                search.cancel()  # the job may have been ended meanwhile, or have waited long enough
+        if search is not None and (found := _found(search)) is not None:
             known.append(found.closest)
             if found.arrays is not None:
                 loaded = found.length
@@ -181,6 +192,15 @@ class Slot:
         if self._offer is not None:
             self._offer.release()
             self._offer = None
+
+
+def _found(search: Future[Found]) -> Found | None:
+    """What was found; None on any doubt, for a prompt can always be computed."""
+    try:
+        return search.result(timeout=0)
+    except Exception as error:
+        log.debug("nothing is read: %r", error)
+        return None
 
 
 def _first_break(

@@ -82,10 +82,11 @@ class Slots:
         self._prompts[target] = prompt
         return target
 
-    def release(self, slot: Slot) -> None:
-        """A job has done with its row."""
+    def release(self, slot: Slot, *, used: bool = True) -> None:
+        """A job has done with its row, which it has ``used``, or left as it was."""
         del self._prompts[slot]
-        self._used[slot] = next(self._clock)
+        if used:
+            self._used[slot] = next(self._clock)
 
     def give_back(self, slot: Slot, *, latest: bool = False) -> None:
         """A row was taken for nothing, which counts as no use; what was copied into it goes.

@@ -25,7 +25,7 @@ class EngineStats:
 
     Attributes:
         slots: Sequences that can be answered at once.
-        running: Requests that are being computed.
+        running: Requests that have a slot: they are computed, or wait for the disk.
         waiting: Requests that wait for a slot.
         requests: Requests that have ended, in whatever way: the sum of the next five.
         finished: How many of them came to their own end.

@@ -53,12 +53,11 @@ class EngineThread:
         """Whether this is a child of the process that the thread is in."""
         return os.getpid() != self._pid
 
-    def check_others(self) -> None:
-        """Refuse callers for whom the loop could do nothing.
+    def check_process(self) -> None:
+        """Refuse a process that the thread is not in.
 
         Raises:
             ForkError: This process was forked from the one that loaded the model.
-            ArgumentError: A function of the caller's that runs inside a request asks for another.
         """
         if self.forked:
             raise ForkError(
@@ -67,6 +66,15 @@ class EngineThread:
                 "Load the model in the child, or start children with "
                 'multiprocessing.get_context("spawn").',
             )
+
+    def check_others(self) -> None:
+        """Refuse callers for whom the loop could do nothing.
+
+        Raises:
+            ForkError: See :meth:`check_process`.
+            ArgumentError: A function of the caller's that runs inside a request asks for another.
+        """
+        self.check_process()
         if self.current:
             raise ArgumentError(
                 self.calling,

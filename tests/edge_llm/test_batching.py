@@ -8,15 +8,18 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from numpy.typing import NDArray
 
 from edge_llm import LLM, ArgumentError, Chunk, ContextLengthError, batching
 from edge_llm.batching import BatchItem
+from edge_llm.engine import thread
+from edge_llm.engine.job import Job
 from edge_llm.errors import CancelledError, ClosedError, DeadlineError, QueueFullError
 
 TEXTS = ["It was the best of times", "the age of wisdom, it was", "東京", "a", "epoch of belief"]
@@ -239,6 +242,51 @@ def test_a_batch_leaves_room_in_the_queue_and_waits_where_it_is_full(tiny_bundle
         assert len(list(llm.batch(["a"] * 10, **GREEDY))) == 10
         with pytest.raises(QueueFullError):
             asyncio.run(gather(llm, 8))
+
+
+def test_a_model_that_is_closed_when_a_prompt_is_offered(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llm._model.engine
+    offer = engine.offer
+
+    def close_first(job: Job) -> None:
+        engine.close()
+        offer(job)
+
+    monkeypatch.setattr(engine, "offer", close_first)
+    given = list(llm.batch(["a", "b"], errors="return", **GREEDY))
+    assert [type(one.error) for one in given] == [ClosedError] * 2
+
+
+def test_a_hook_that_returns_after_close_does_not_disturb_its_batch(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread, "CLOSE_SECONDS", 0.05)
+    entered, gate = threading.Event(), threading.Event()
+    prompts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def hang(so_far: Sequence[int], logits: NDArray[Any]) -> NDArray[Any]:
+        entered.set()
+        gate.wait(60)
+        return logits
+
+    def close() -> None:
+        entered.wait(60)
+        model.close()
+
+    with LLM(tiny_bundle, slots=1) as model:
+        closing = threading.Thread(target=close)
+        closing.start()
+        results = model.batch(iter(prompts.get, None), errors="return", logits_hook=hang)
+        prompts.put("a")
+        assert isinstance(next(results).error, ClosedError)
+        gate.set()
+        closing.join()
+        until(lambda: not model._model.engine._thread.alive)
+        prompts.put("b")
+        prompts.put(None)
+        assert [type(one.error) for one in results] == [ClosedError]
 
 
 async def gather(llm: LLM, count: int) -> None:

@@ -216,6 +216,26 @@ def test_what_a_stranger_put_beside_a_bundle_is_not_trusted(
         assert find_compiled(bundle, cache_dir=None) == graph
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has other rights")
+def test_a_strangers_link_beside_a_bundle_is_not_trusted(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    public = tmp_path / "public"  # the system's, and anybody may write into it, as /tmp
+    graph = CompiledModels(public).compile(bundle, threads=1)
+    assert graph is not None
+    beside = compiled_folder(beside=bundle.path)
+    beside.symlink_to(public)
+    owners = {beside: 1001, public: 0, bundle.path: 1000}
+    monkeypatch.setattr(os, "geteuid", lambda: 1002)
+    monkeypatch.setattr("edge_llm.compiled._owner", owners.__getitem__)
+    assert find_compiled(bundle, cache_dir=None) is None
+    owners[beside] = 1000
+    assert find_compiled(bundle, cache_dir=None) == beside / graph.relative_to(public)
+    owners[public] = 1001
+    assert find_compiled(bundle, cache_dir=None) is None
+
+
 def test_what_is_compiled_in_a_folder_is_told_of(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

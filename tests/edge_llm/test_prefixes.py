@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -370,6 +370,20 @@ def test_a_system_without_a_thread_left_holds_nobody_up(
     assert not waiting.is_alive()
 
 
+@pytest.mark.parametrize("where", ["offers.Snapshot.of", "prefixes.write_state"])
+def test_memory_that_is_short_keeps_nothing_and_harms_nobody(
+    where: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(f"edge_llm.caching.{where}", fail)
+    with LLM(tiny_bundle, threads=1, prefix_cache=tmp_path) as llm:
+        answer(llm, TOKENS[:60])
+        answer(llm, TOKENS[60:])
+    assert not entries(tmp_path)
+
+
 def test_a_full_disk_costs_one_warning(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,10 +653,12 @@ def test_sessions_that_cannot_be_gone_on_from(tiny_bundle: Path, tmp_path: Path)
         # Nothing has changed.
         assert answer(llm, TOKENS[:60]).usage.reused_tokens == 58
     path.write_bytes(whole)
-    with LLM(tiny_bundle, context=length - 1) as llm:
+    with LLM(tiny_bundle, context=length - 1, slots=2) as llm:
+        answer(llm, TOKENS[:10])
+        held = llm.save_session(tmp_path / "held")
         with pytest.raises(SessionError, match="was saved with another context"):
             llm.load_session(path)
-        answer(llm, TOKENS[:10])
+        assert llm.save_session(tmp_path / "again") == held
     with (
         LLM(BUNDLE) as llm,
         pytest.raises(SessionError, match="written for another model"),

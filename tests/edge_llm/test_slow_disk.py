@@ -17,7 +17,7 @@ from edge_llm import LLM, Completion
 from edge_llm.caching import prefixes
 from edge_llm.caching.background import Background
 from edge_llm.caching.state_file import SavedState
-from edge_llm.engine import sessions
+from edge_llm.engine import sessions, slot
 from edge_llm.errors import ClosedError
 from tests.edge_llm.test_engine import LONG, Call, until, within
 
@@ -52,6 +52,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prefixes, "WORTH", 8)
+    monkeypatch.setattr(slot, "PATIENCE_SECONDS", LONG)
     for module in (prefixes, sessions):
         monkeypatch.setattr(module, "write_state", disk.slow(module.write_state))
     monkeypatch.setattr(SavedState, "verify", disk.slow(SavedState.verify))
@@ -229,19 +230,43 @@ def test_one_whose_caller_does_not_look_ends_too(
         assert within(lambda: llm.generate([5, 6], **STREAM)).finish_reason == "length"
 
 
-def test_an_error_of_the_disk_reaches_its_own_request(
-    tiny_bundle: Path, baked: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError("input/output error"), MemoryError("no room")])
+def test_what_cannot_be_read_is_computed(
+    error: Exception, disk: Disk, tiny_bundle: Path, baked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(saved: SavedState) -> None:
-        raise MemoryError("no room to read")
+        raise error
 
+    disk.open.set()
+    monkeypatch.setattr(SavedState, "verify", fail)
+    with LLM(tiny_bundle) as llm:
+        plain = llm.generate([*PROMPT, 5, 6], **STREAM)
     with LLM(tiny_bundle, slots=2, prefix_cache=baked) as llm:
-        stream = begun(llm)
-        with monkeypatch.context() as patched:
-            patched.setattr(SavedState, "verify", fail)
-            with pytest.raises(MemoryError, match="no room to read"):
-                within(lambda: llm.generate([*PROMPT, 5, 6], **STREAM))
-        goes_on(llm, stream)
+        answer = within(lambda: llm.generate([*PROMPT, 5, 6], **STREAM))
+    assert (answer.tokens, answer.usage.reused_tokens) == (plain.tokens, 0)
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_once_and_not_for_ever(
+    disk: Disk, tiny_bundle: Path, baked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, other = [*PROMPT, 5, 6], [*PROMPT[::-1], 5, 6]
+    with LLM(tiny_bundle) as llm:
+        plain = llm.generate(asked, **STREAM)
+    monkeypatch.setattr(slot, "PATIENCE_SECONDS", 0.1)
+    with LLM(tiny_bundle, slots=1, prefix_cache=baked) as llm:
+        answer = within(lambda: llm.generate(asked, **STREAM))
+        assert disk.reached.is_set()
+        assert (answer.tokens, answer.usage.reused_tokens) == (plain.tokens, 0)
+        # Nor is it asked for another prompt before it has answered.
+        assert llm._model.prefixes is not None
+        reading = llm._model.prefixes._reading
+        until(lambda: reading.busy_seconds > 0.1)
+        assert within(lambda: llm.generate(other, **STREAM)).usage.reused_tokens == 0
+        assert not reading._work
+        disk.open.set()
+        until(lambda: not reading.busy_seconds)
+        monkeypatch.setattr(slot, "PATIENCE_SECONDS", LONG)
+        assert llm.generate(asked, **STREAM).usage.reused_from_disk == len(PROMPT)
 
 
 def test_a_system_without_a_thread_left_computes(
@@ -306,10 +331,12 @@ def test_background_work_is_done_in_order_and_what_was_cancelled_is_not() -> Non
     failing = background.submit(lambda: divmod(1, 0))
     last = background.submit(threading.get_ident)
     assert others[1].cancel()
+    until(lambda: background.busy_seconds)
     gate.set()
     with pytest.raises(ZeroDivisionError):
         failing.result(LONG)
     assert (first.result(LONG), done) == (True, [0, 2])
     assert last.result(LONG) != threading.get_ident()
     until(lambda: all(thread.name != "test" for thread in threading.enumerate()))
+    assert background.busy_seconds == 0
     assert background.submit(lambda: 5).result(LONG) == 5
