@@ -47,8 +47,18 @@ class ChunkPlanner:
         self._last = self._other = (1, single_token)
         self._own = single_token
         self._age = 0
-        each = FIRST_GUESS_SHARE * single_token
+        self._each = each = FIRST_GUESS_SHARE * single_token
         self._tokens = self._plan(single_token - each, each)
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a step that others wait for."""
+        return self._tokens if self._fixed is None else self._fixed
+
+    @property
+    def own_tokens(self) -> float:
+        """How many tokens more a step could take in the time of another step's own cost."""
+        return self._own / self._each
 
     def next(self, remaining: int, *, timed: bool = True) -> int:
         """Tokens of the next chunk.
@@ -83,6 +93,7 @@ class ChunkPlanner:
             least = max(seconds - MOST_GROWTH * self._own, 0.1 * seconds) / tokens
             each = min(max(slope, least), average)
             self._own = max(seconds - each * tokens, self._own / MOST_GROWTH)
+        self._each = each
         wanted = self._plan(seconds - each * tokens, each)
         if self._age % ASK_AGAIN == 0:
             wanted = min(max(wanted, int(tokens * CLEARLY_LONGER) + 1), self._widest)

@@ -26,10 +26,6 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("edge_llm")
 
-# Of several prompts the one with the least left gets the next chunk, so that a short question need
-# not wait for a long document; but every so many chunks the oldest gets it, however long it is.
-OLDEST_EVERY = 4
-
 CLOSED = "The model was closed before the request had ended."
 
 
@@ -55,7 +51,8 @@ class Engine:
 
     The step loop lives here and nowhere else, so a caller that is slow to read its answer holds up
     nobody, and requests of several threads need no further care. Each turn of it is one step for
-    the next tokens of all answers, and one chunk of one prompt: no answer waits for more than that.
+    the next tokens of all answers, and one chunk of one prompt, or several short prompts: no answer
+    waits for more than that.
 
     Args:
         decoder: The model.
@@ -82,7 +79,6 @@ class Engine:
         self._waiting = WaitingJobs(queue_limit)
         self._running: list[_Running] = []
         self._stepping: Sequence[_Running] = ()
-        self._chunks = 0
         self._recorder = Recorder()
         self._closed = threading.Event()
         self._changed = threading.Condition(threading.RLock())
@@ -303,7 +299,7 @@ class Engine:
             self._advance(one, None)
 
     def _turn(self, model: _Model) -> None:
-        """One step for all answers, and one chunk of a prompt."""
+        """One step for all answers, and one for prompts."""
         for one in list(self._running):
             if one.job.ended():
                 self._end_early(one)
@@ -318,15 +314,17 @@ class Engine:
             slots, feeds = [one.slot for one in answering], [one.feed for one in answering]
             self._step(model, answering, lambda: model.stepper.answer(slots, feeds))
         if prompting:
-            one = self._next_prompt(prompting)
-            feed = one.feed if len(self._running) == 1 else replace(one.feed, exact=False)
-            self._step(model, [one], lambda: [model.stepper.prompt(one.slot, feed)])
+            group = model.stepper.chooser.next(prompting)
+            self._step(model, group, lambda: self._read(model.stepper, group))
 
-    def _next_prompt(self, prompting: list[_Running]) -> _Running:
-        self._chunks += 1
-        if self._chunks % OLDEST_EVERY == 0:
-            return prompting[0]
-        return min(prompting, key=lambda one: len(one.feed.tokens))
+    def _read(
+        self, stepper: Stepper, group: list[_Running]
+    ) -> Sequence[NDArray[np.float32] | None]:
+        if len(group) > 1:
+            return stepper.prompts([one.slot for one in group], [one.feed for one in group])
+        (one,) = group
+        feed = one.feed if len(self._running) == 1 else replace(one.feed, exact=False)
+        return [stepper.prompt(one.slot, feed)]
 
     def _step(
         self,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edge_llm.engine.chunking import ChunkPlanner
 from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.job import Feed
+from edge_llm.engine.prompting import PromptChooser
 from edge_llm.engine.slot import Slot
 from edge_llm.runtime.decoder import Decoder
 
@@ -37,11 +38,15 @@ class Stepper:
         decoder: The model.
         planner: Sizes of chunks.
         drafting: Sizes of drafts.
+
+    Attributes:
+        chooser: Chooses the prompts of a step.
     """
 
     def __init__(self, decoder: Decoder, planner: ChunkPlanner, drafting: Drafting) -> None:
         self._decoder = decoder
         self._planner = planner
+        self.chooser = PromptChooser(planner)
         # Where many logits are wanted, each token costs more: such chunks are watched apart.
         self._scoring_planner = copy.copy(planner)
         self._drafting = drafting
@@ -66,19 +71,23 @@ class Stepper:
         if width > min(slot.room for slot in slots):
             width = 1  # every row of a step needs room for the widest one's tokens
         fed = [[*feed.tokens, *feed.drafts[: width - 1]] for feed in feeds]
-        first = min(slot.row for slot in slots)
-        tokens: list[list[int]] = [[]] * (max(slot.row for slot in slots) - first + 1)
-        for slot, row in zip(slots, fed, strict=True):
-            slot.note(row)
-            tokens[slot.row - first] = row
         started = _clock()
-        logits = self._decoder.step_rows(tokens, scored=[len(row) for row in tokens], first=first)
+        logits = self._feed_rows(slots, fed, scored=[len(row) for row in fed])
         self._drafting.observe(len(slots), max(map(len, fed)), _clock() - started)
-        ends = np.cumsum([len(row) for row in tokens])
-        return [
-            logits[ends[slot.row - first] - len(row) : ends[slot.row - first]]
-            for slot, row in zip(slots, fed, strict=True)
-        ]
+        return logits
+
+    def prompts(self, slots: Sequence[Slot], feeds: Sequence[Feed]) -> list[NDArray[np.float32]]:
+        """Feed several rows all of what is left of their prompts in one step.
+
+        Args:
+            slots: The rows; each has room for the longest of the prompts.
+            feeds: What each of them gets; no drafts.
+
+        Returns:
+            Of each row float32 [scored, vocab], valid until the next step.
+        """
+        fed = [feed.tokens for feed in feeds]
+        return self._feed_rows(slots, fed, scored=[feed.scored for feed in feeds])
 
     def prompt(self, slot: Slot, feed: Feed) -> NDArray[np.float32] | None:
         """Feed a row several tokens, or the first of them as far as a chunk goes.
@@ -95,6 +104,27 @@ class Stepper:
         logits = self._feed(slot, feed.tokens[:chunk], scored=scored)
         planner.observe(chunk, time.perf_counter() - started)
         return logits if scored or chunk == count else None
+
+    def _feed_rows(
+        self,
+        slots: Sequence[Slot],
+        fed: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        scored: Sequence[int],
+    ) -> list[NDArray[np.float32]]:
+        first = min(slot.row for slot in slots)
+        count = max(slot.row for slot in slots) - first + 1
+        tokens: list[Sequence[int] | NDArray[np.int64]] = [()] * count
+        wanted = [0] * count
+        for slot, row, last in zip(slots, fed, scored, strict=True):
+            slot.note(row)
+            tokens[slot.row - first], wanted[slot.row - first] = row, last
+        logits = self._decoder.step_rows(tokens, scored=wanted, first=first)
+        ends = np.cumsum(wanted)
+        return [
+            logits[ends[slot.row - first] - last : ends[slot.row - first]]
+            for slot, last in zip(slots, scored, strict=True)
+        ]
 
     def _feed(
         self, slot: Slot, tokens: Sequence[int] | NDArray[np.int64], *, scored: int

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from edge_llm import LLM
 from edge_llm.engine.drafting import Drafting
 from edge_llm.engine.job import Feed, Job, Steps
-from edge_llm.engine.scheduler import OLDEST_EVERY, Engine
+from edge_llm.engine.prompting import OLDEST_EVERY
+from edge_llm.engine.scheduler import Engine
 from edge_llm.engine.scoring import Distributions, ScoreEnd, Scoring
 from edge_llm.engine.slot import Slot
 from edge_llm.engine.slots import WORTH_WAITING, Slots
