@@ -15,10 +15,11 @@ __all__ = ["PromptLookup"]
 
 # How often a guess comes true depends most on how many tokens have matched: fewer than 2 (going on
 # behind a token that differed), 2, 3, 4 and 5, 6 to 9, 10 to 19, more. The first estimates are
-# those of novels, articles, code and edited copies of them, and weigh as much as so many guesses.
+# those of novels, articles, code and edited copies of them, and weigh as much as so many guesses:
+# the first draft that fails is the last until guesses have come true again.
 MATCHES = (2, 3, 4, 6, 10, 20)
 FIRST_CHANCES = (0.5, 0.3, 0.4, 0.55, 0.7, 0.85, 0.95)
-FIRST_WEIGHT = 4.0
+FIRST_WEIGHT = 1.0
 # From this chance on, drafts pay or cost next to nothing, on every machine that was measured. It
 # is no measure of the clock: the same tokens are drafted in every run.
 WORTH_DRAFTING = 0.75
