@@ -26,6 +26,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+if not __package__:  # run by its path: only this folder is on sys.path
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from benchmarks.engines.timing import by_turns
 from edge_llm import Bundle
 from edge_llm.cli.layout import table
 from edge_llm.manifest import Manifest
@@ -95,17 +99,12 @@ def open_products(way: str, columns: int, rows: int, threads: int) -> Any:
     )
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """What a call takes."""
+def seconds(session: Any, given: Mapping[str, Any]) -> float:
+    """What a run takes."""
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def repeat(session: Any, given: Mapping[str, Any]) -> None:
-    """Run a session several times."""
     for _ in range(REPEATS):
         session.run(None, given)
+    return (time.perf_counter() - started) / REPEATS
 
 
 def matrices(manifest: Manifest) -> list[tuple[int, int]]:
@@ -133,12 +132,13 @@ def measure_products(manifest: Manifest, *, threads: int, rounds: int) -> dict[s
         cell = found[f"{columns} x {rows}"] = {way: {} for way in WAYS}
         for count in VECTORS:
             given = {"x": rng.standard_normal((count, columns), np.float32)}
-            took: dict[str, list[float]] = {way: [] for way in WAYS}
-            for round_ in range(rounds + 1):  # the first is the warm-up
-                for way in sorted(WAYS, reverse=bool(round_ % 2)):
-                    took[way].append(seconds(lambda s=sessions[way], x=given: repeat(s, x)))  # type: ignore[misc]
+            took = by_turns(
+                list(WAYS),
+                lambda way, _, x=given, opened=sessions: seconds(opened[way], x),  # type: ignore[misc]
+                rounds=rounds + 1,  # the first is the warm-up
+            )
             for way in WAYS:
-                cell[way][count] = statistics.median(took[way][1:]) / (COPIES * REPEATS) * 1e6
+                cell[way][count] = statistics.median(took[way][1:]) / COPIES * 1e6
     return found
 
 
@@ -148,19 +148,20 @@ def measure_prompts(decoder: Decoder, vocab: int, *, rounds: int) -> dict[int, d
     found = {}
     for length in LENGTHS:
         prompts = [rng.integers(0, vocab, length) for _ in range(PROMPTS)]
-        took: dict[int, list[float]] = {count: [] for count in TOGETHER}
 
-        def read(count: int, prompts: list[Any] = prompts) -> None:
-            for i in range(0, PROMPTS, count):
-                decoder.step_rows(prompts[i : i + count], scored=[1] * count, first=i)
+        def read(count: str, _: int, prompts: list[Any] = prompts) -> float:
+            started = time.perf_counter()
+            for i in range(0, PROMPTS, int(count)):
+                part = prompts[i : i + int(count)]
+                decoder.step_rows(part, scored=[1] * len(part), first=i)
+            took = time.perf_counter() - started
+            for row in range(PROMPTS):
+                decoder.cache.truncate(row, 0)
+            return took
 
-        for round_ in range(rounds + 1):
-            for count in sorted(TOGETHER, reverse=bool(round_ % 2)):
-                took[count].append(seconds(lambda c=count: read(c)))  # type: ignore[misc]
-                for row in range(PROMPTS):
-                    decoder.cache.truncate(row, 0)
+        took = by_turns([str(count) for count in TOGETHER], read, rounds=rounds + 1)
         found[length] = {
-            count: statistics.median(all_[1:]) / PROMPTS * 1e3 for count, all_ in took.items()
+            count: statistics.median(took[str(count)][1:]) / PROMPTS * 1e3 for count in TOGETHER
         }
     return found
 

@@ -71,8 +71,10 @@ class Stepper:
         if width > min(slot.room for slot in slots):
             width = 1  # every row of a step needs room for the widest one's tokens
         fed = [[*feed.tokens, *feed.drafts[: width - 1]] for feed in feeds]
+        for slot, row in zip(slots, fed, strict=True):
+            slot.note(row)
         started = _clock()
-        logits = self._feed_rows(slots, fed, scored=[len(row) for row in fed])
+        logits = self._step(slots, fed, scored=[len(row) for row in fed])
         self._drafting.observe(len(slots), max(map(len, fed)), _clock() - started)
         return logits
 
@@ -87,7 +89,9 @@ class Stepper:
             Of each row float32 [scored, vocab], valid until the next step.
         """
         fed = [feed.tokens for feed in feeds]
-        return self._feed_rows(slots, fed, scored=[feed.scored for feed in feeds])
+        for slot, row in zip(slots, fed, strict=True):
+            slot.note(row)
+        return self._step(slots, fed, scored=[feed.scored for feed in feeds])
 
     def prompt(self, slot: Slot, feed: Feed) -> NDArray[np.float32] | None:
         """Feed a row several tokens, or the first of them as far as a chunk goes.
@@ -105,19 +109,25 @@ class Stepper:
         planner.observe(chunk, time.perf_counter() - started)
         return logits if scored or chunk == count else None
 
-    def _feed_rows(
+    def _feed(
+        self, slot: Slot, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
+    ) -> NDArray[np.float32]:
+        slot.note(tokens)
+        return self._step([slot], [tokens], scored=[scored])[0]
+
+    def _step(
         self,
         slots: Sequence[Slot],
         fed: Sequence[Sequence[int] | NDArray[np.int64]],
         *,
         scored: Sequence[int],
     ) -> list[NDArray[np.float32]]:
+        """Run the graph for rows that have noted what they are fed; gives the logits of each."""
         first = min(slot.row for slot in slots)
         count = max(slot.row for slot in slots) - first + 1
         tokens: list[Sequence[int] | NDArray[np.int64]] = [()] * count
         wanted = [0] * count
         for slot, row, last in zip(slots, fed, scored, strict=True):
-            slot.note(row)
             tokens[slot.row - first], wanted[slot.row - first] = row, last
         logits = self._decoder.step_rows(tokens, scored=wanted, first=first)
         ends = np.cumsum(wanted)
@@ -125,12 +135,6 @@ class Stepper:
             logits[ends[slot.row - first] - last : ends[slot.row - first]]
             for slot, last in zip(slots, scored, strict=True)
         ]
-
-    def _feed(
-        self, slot: Slot, tokens: Sequence[int] | NDArray[np.int64], *, scored: int
-    ) -> NDArray[np.float32]:
-        slot.note(tokens)
-        return self._decoder.step_rows([tokens], scored=[scored], first=slot.row)
 
     def _agree(self, slot: Slot, tokens: Sequence[int]) -> bool:
         """Whether two widths give the same logits; leaves nothing behind."""

@@ -74,10 +74,8 @@ def _fit_integers(
         slope = moments[start:stop] @ errors
         for first in range(start, stop, AT_ONCE):
             last = first + AT_ONCE
-            near, changes = (
-                moments[first:last, first:last],
-                np.empty((AT_ONCE, len(scale)), np.float32),
-            )
+            near = moments[first:last, first:last]
+            changes = np.empty((AT_ONCE, len(scale)), np.float32)
             for k, column in enumerate(range(first, last)):
                 pull = slope[column - start] - near[k, :k] @ changes[:k]
                 best = integers[column] + pull / strength[column] * inverse

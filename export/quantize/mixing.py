@@ -83,7 +83,6 @@ class Ladder:
         # The sort is stable, and a hull's slopes fall, so a matrix's own steps stay in order.
         steps.sort(key=lambda step: -step[0])
         self._steps = [(name, option) for _, name, option, _, _ in steps]
-        self._growths = [size for _, _, _, size, _ in steps]
         self.sizes = list(
             accumulate((s[3] for s in steps), initial=sum(o.size for o in self._start.values()))
         )
@@ -103,11 +102,11 @@ class Ladder:
             room: Bytes, at least those of the rung 0.
         """
         mix, left, stuck = dict(self._start), room - self.sizes[0], set[str]()
-        for (name, option), growth in zip(self._steps, self._growths, strict=True):
+        for (name, option), (low, high) in zip(self._steps, pairwise(self.sizes), strict=True):
             if name in stuck:
                 continue  # a later step of a matrix begins where the one before it ends
-            if growth <= left:
-                mix[name], left = option, left - growth
+            if high - low <= left:
+                mix[name], left = option, left - (high - low)
             else:
                 stuck.add(name)
         return mix

@@ -197,9 +197,9 @@ def _by_rows(shape: tuple[int, int], store: Callable[[int, int], None]) -> None:
     """Call ``store`` with a start and a stop for all rows, on several threads."""
     rows, columns = shape
     threads = _threads()
-    chunks = -(-rows * columns // CHUNK_WEIGHTS)
-    # As many for each thread, so that none waits for the last.
-    step = -(-rows // (-(-chunks // threads) * threads))
+    # As many chunks for each thread, so that none waits for the last.
+    chunks = -(-rows * columns // (CHUNK_WEIGHTS * threads)) * threads
+    step = max(1, -(-rows // max(1, chunks)))
     # numpy releases the interpreter lock inside its loops, so threads do run side by side. A BLAS
     # with threads of its own lets in one at a time, and calibrating takes half as long again.
     limit = _blas().limit(limits=1, user_api="blas")
